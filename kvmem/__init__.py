@@ -1,0 +1,93 @@
+"""kvmem: question answering over texts whose KV caches are kept and reused."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvmem.answer import Answer, Prefill, Source, Timings, Usage
+    from kvmem.document import Document
+    from kvmem.engine import KVMem, Stats
+    from kvmem.errors import (
+        ClosedError,
+        EmptyInputError,
+        InputError,
+        KVMemError,
+        ModelError,
+        ModelNotFoundError,
+        NotBlendableError,
+        PromptTooLongError,
+        StoreError,
+        UnknownDocumentError,
+    )
+    from kvmem.model import LanguageModel
+    from kvmem.plan import Plan
+    from kvmem.settings import BlendSettings, ModelSettings, Settings, SplitSettings
+    from kvmem.stream import AnswerStream
+
+# Public names by the module they live in; loaded on first use, so that `import kvmem` loads neither torch nor
+# transformers.
+_HOME = {
+    "kvmem.answer": ("Answer", "Prefill", "Source", "Timings", "Usage"),
+    "kvmem.document": ("Document",),
+    "kvmem.engine": ("KVMem", "Stats"),
+    "kvmem.errors": (
+        "ClosedError",
+        "EmptyInputError",
+        "InputError",
+        "KVMemError",
+        "ModelError",
+        "ModelNotFoundError",
+        "NotBlendableError",
+        "PromptTooLongError",
+        "StoreError",
+        "UnknownDocumentError",
+    ),
+    "kvmem.model": ("LanguageModel",),
+    "kvmem.plan": ("Plan",),
+    "kvmem.settings": ("BlendSettings", "ModelSettings", "Settings", "SplitSettings"),
+    "kvmem.stream": ("AnswerStream",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = [
+    "Answer",
+    "AnswerStream",
+    "BlendSettings",
+    "ClosedError",
+    "Document",
+    "EmptyInputError",
+    "InputError",
+    "KVMem",
+    "KVMemError",
+    "LanguageModel",
+    "ModelError",
+    "ModelNotFoundError",
+    "ModelSettings",
+    "NotBlendableError",
+    "Plan",
+    "Prefill",
+    "PromptTooLongError",
+    "Settings",
+    "Source",
+    "SplitSettings",
+    "Stats",
+    "StoreError",
+    "Timings",
+    "UnknownDocumentError",
+    "Usage",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'kvmem' has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

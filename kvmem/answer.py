@@ -1,0 +1,102 @@
+"""What comes back from a question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvmem.cache import BlendedCache
+from kvmem.document import Metadata
+from kvmem.plan import Plan
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens by what was done for them. The first four are disjoint and add up to `prompt`.
+
+    exact: reused, bit for bit what the model computed for these very tokens in this very context.
+    reused: taken from another context, moved here, not recomputed.
+    recomputed: taken from another context, then computed again in this one.
+    computed: not in the store, or the question itself.
+    generated: tokens of the answer.
+    forwarded: all tokens that went through the model before generation, those twice that went twice
+        (the question is read once more to find what it attends to).
+    """
+
+    exact: int
+    reused: int
+    recomputed: int
+    computed: int
+    generated: int
+    forwarded: int
+
+    @property
+    def prompt(self) -> int:
+        return self.exact + self.reused + self.recomputed + self.computed
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds. All begin at the call.
+
+    prepare: until the plan stands. stitch: loading, moving and reading chunks. repair: scoring and
+    recomputing. first_token: from the call until the first token of the answer, all of the above inside.
+    total: until the answer is complete and everything new is stored.
+    """
+
+    prepare: float
+    stitch: float
+    repair: float
+    first_token: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Source:
+    """A chunk that was in the prompt. score: the retriever's, None when everything fitted."""
+
+    document_id: str
+    text: str
+    metadata: Metadata
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """text: the answer. sources: the chunks in the prompt, in order. plan: how they were chosen.
+
+    finish_reason: "stop" at the model's own end or a stop string, "length" at max_tokens, "cancelled" when
+    the stream was closed early.
+    """
+
+    text: str
+    sources: tuple[Source, ...]
+    usage: Usage
+    plan: Plan
+    timings: Timings
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, eq=False)
+class Prefill:
+    """The state of the model after reading a prompt, ready to be continued or compared.
+
+    token_ids: int64 [n], the prompt. cache: holds all n positions; it is yours, `model(...)` may append to it.
+    logits: float32 [vocab], the next-token logits after the last token.
+    """
+
+    token_ids: Tensor
+    cache: BlendedCache
+    logits: Tensor
+    usage: Usage
+    plan: Plan
+    timings: Timings
+
+    def __post_init__(self) -> None:
+        if self.cache.length != self.token_ids.numel() or self.logits.dtype != torch.float32:
+            raise AssertionError("a prefill holds every position of its prompt")

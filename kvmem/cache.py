@@ -1,0 +1,220 @@
+"""BlendedCache: the preallocated KV buffer that chunks are stitched into and that generation continues on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvmem.attention import Step
+from kvmem.entry import EntryKey, KVEntry
+from kvmem.rope import Rope
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGroup:
+    """Layers whose KV has one shape, one rotation and one window.
+
+    layers: their indices. window: keys a query can see on sliding layers, None on full-attention layers.
+    rope: None where keys are not rotated (NoPE layers).
+    """
+
+    layers: tuple[int, ...]
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None
+    rope: Rope | None
+
+    @property
+    def elements_per_token(self) -> int:
+        """Numbers kept per token, over all layers of the group."""
+        return len(self.layers) * self.kv_heads * (self.key_dim + self.value_dim)
+
+
+class Correction(Protocol):
+    """Moves the rows that are not recomputed along with those that are."""
+
+    def apply(self, layer: BlendedLayer, new_keys: Tensor, new_values: Tensor) -> None:
+        """Change `layer`'s rows in place, before the new rows [1, kv heads, m, dim] are written."""
+
+
+class BlendedLayer(CacheLayerMixin):
+    """One layer: `keys` and `values` are [batch, kv heads, capacity, dim]; the first `length` rows are valid."""
+
+    is_croppable = True
+
+    def __init__(
+        self, index: int, group: LayerGroup, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.index, self.group = index, group
+        self.dtype, self.device = dtype, device
+        self.keys: Tensor = torch.empty((1, group.kv_heads, capacity, group.key_dim), dtype=dtype, device=device)
+        self.values: Tensor = torch.empty(
+            (1, group.kv_heads, capacity, group.value_dim), dtype=dtype, device=device
+        )
+        self.length = 0
+        self.is_initialized = True
+        self.step: Step | None = None
+        self.correction: Correction | None = None
+
+    @property
+    def is_sliding(self) -> bool:
+        return self.group.window is not None
+
+    @property
+    def sliding_window(self) -> int | None:
+        return self.group.window
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the buffer is allocated at construction."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new rows and return the rows that attention shall see.
+
+        Inside a step the rows go to the step's positions and all rows up to its last position are returned.
+        Otherwise they are appended, as with any cache of transformers.
+        """
+        if self.step is None:
+            return self._append(key_states, value_states)
+        if self.correction is not None:
+            self.correction.apply(self, key_states, value_states)
+        step = self.step
+        if step.contiguous:
+            self.keys[:, :, step.start : step.end] = key_states
+            self.values[:, :, step.start : step.end] = value_states
+        else:
+            self.keys.index_copy_(2, step.positions, key_states)
+            self.values.index_copy_(2, step.positions, value_states)
+        return self.keys[:, :, : step.end], self.values[:, :, : step.end]
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        low, old, new = self._visible_from(), self.length, self.length + key_states.shape[2]
+        self.reserve(new)
+        self.keys[:, :, old:new] = key_states
+        self.values[:, :, old:new] = value_states
+        self.length = new
+        return self.keys[:, :, low:new], self.values[:, :, low:new]
+
+    def _visible_from(self) -> int:
+        return 0 if self.group.window is None else max(0, self.length - self.group.window + 1)
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` rows, keeping the valid ones."""
+        if capacity <= self.keys.shape[2]:
+            return
+        capacity = max(capacity, self.keys.shape[2] * 3 // 2)
+        for name in ("keys", "values"):
+            old: Tensor = getattr(self, name)
+            grown = old.new_empty((*old.shape[:2], capacity, old.shape[3]))
+            grown[:, :, : self.length] = old[:, :, : self.length]
+            setattr(self, name, grown)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        low = self._visible_from()
+        return self.length - low + query_length, low
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.length = max(0, self.length - abs(tokens_to_remove))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.keys = self.keys.repeat_interleave(repeats, dim=0)
+        self.values = self.values.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.keys, self.values = self.keys[indices], self.values[indices]
+
+    def reset(self) -> None:
+        self.length = 0
+
+
+class BlendedCache(Cache):
+    """A `transformers.Cache` over preallocated rows, which any subset of positions can be recomputed in.
+
+    It is a private copy: stored entries are copied in and never written to.
+    """
+
+    def __init__(
+        self, groups: Sequence[LayerGroup], capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.groups = tuple(groups)
+        by_index = {
+            index: BlendedLayer(index, group, capacity, dtype, device)
+            for group in self.groups
+            for index in group.layers
+        }
+        self.blended: list[BlendedLayer] = [by_index[index] for index in sorted(by_index)]
+        super().__init__(layers=self.blended)
+
+    @property
+    def length(self) -> int:
+        """The number of valid rows."""
+        return self.blended[0].length
+
+    @length.setter
+    def length(self, rows: int) -> None:
+        for layer in self.blended:
+            layer.length = rows
+
+    @property
+    def capacity(self) -> int:
+        return min(layer.keys.shape[2] for layer in self.blended)
+
+    def reserve(self, capacity: int) -> None:
+        for layer in self.blended:
+            layer.reserve(capacity)
+
+    @contextmanager
+    def stepping(self, step: Step, correction: Correction | None = None) -> Iterator[None]:
+        """While open, a forward writes to the step's positions instead of appending."""
+        for layer in self.blended:
+            layer.step, layer.correction = step, correction
+        try:
+            yield
+        finally:
+            for layer in self.blended:
+                layer.step = layer.correction = None
+
+    def load(self, entry: KVEntry, start: int) -> None:
+        """Copy an entry's rows to [start, start + n), its keys re-rotated (in float32) to stand there."""
+        end = start + len(entry.token_ids)
+        for number, group in enumerate(self.groups):
+            turn = None
+            if group.rope is not None and start != entry.start:
+                shift = torch.tensor([start - entry.start])
+                turn = group.rope.turn(shift)
+            keys, values = entry.keys[number], entry.values[number]
+            for row, index in enumerate(group.layers):
+                layer = self.blended[index]
+                layer.keys[0, :, start:end] = keys[row] if turn is None else turn.apply(keys[row])
+                layer.values[0, :, start:end] = values[row]
+
+    def slice(self, start: int, end: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Copies of rows [start, end) on the CPU, stacked per layer group as in `KVEntry`."""
+        keys, values = [], []
+        for group in self.groups:
+            members = [self.blended[index] for index in group.layers]
+            keys.append(torch.stack([m.keys[0, :, start:end] for m in members]).cpu())
+            values.append(torch.stack([m.values[0, :, start:end] for m in members]).cpu())
+        return tuple(keys), tuple(values)
+
+    def entry(
+        self, key: EntryKey, token_ids: tuple[int, ...], start: int, spans: tuple[str, ...]
+    ) -> KVEntry:
+        """The rows of a span that begins at `start`, as an entry of its own."""
+        keys, values = self.slice(start, start + len(token_ids))
+        return KVEntry(key, token_ids, start, spans, keys, values)

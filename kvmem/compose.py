@@ -1,0 +1,202 @@
+"""The walk: a prompt's spans, left to right, each in the best context there is.
+
+While the exact entry is there, it is taken. A cold span with nothing approximate before it is read in place:
+exact, and stored. From the first approximate span on, the best entry is taken; cold spans there are read behind
+the preamble, stored, and composed like the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Literal
+
+from kvmem.cache import BlendedCache
+from kvmem.entry import Context, EntryInfo, EntryKey, KVEntry
+from kvmem.errors import PromptTooLongError
+from kvmem.model import LanguageModel
+from kvmem.prompt import Span
+from kvmem.store.base import Store
+
+Origin = Literal["exact", "computed", "reused"]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A span at its place in the buffer, and where its KV came from."""
+
+    span: Span
+    start: int
+    origin: Origin
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.span)
+
+
+@dataclass(eq=False)
+class Stitched:
+    """A buffer holding prefix and chunks. Rows up to `exact_end` are exact, those behind are approximate.
+
+    unsaved: entries that were computed on the way and are not stored yet.
+    forwarded: tokens that went through the model on the way.
+    """
+
+    cache: BlendedCache
+    placed: list[Placed] = field(default_factory=list)
+    exact_end: int = 0
+    unsaved: list[KVEntry] = field(default_factory=list)
+    forwarded: int = 0
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token for item in self.placed for token in item.span.token_ids]
+
+    @property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """The [start, end) of every approximate span."""
+        return tuple((item.start, item.end) for item in self.placed if item.end > self.exact_end)
+
+
+@dataclass(eq=False)
+class Resident:
+    """A buffer kept from an earlier prompt: its leading `token_ids` are exact in it."""
+
+    cache: BlendedCache
+    token_ids: tuple[int, ...]
+
+    def covers(self, start: int, span: Span) -> bool:
+        return self.token_ids[start : start + len(span)] == span.token_ids
+
+
+class Composer:
+    """Stitches prompts for one model, one store and one namespace."""
+
+    def __init__(self, model: LanguageModel, store: Store, namespace: str, preamble: Span) -> None:
+        self._model, self._store, self._namespace = model, store, namespace
+        self._preamble = preamble
+
+    def key(self, context: Context, span: Span) -> EntryKey:
+        return EntryKey(self._namespace, self._model.fingerprint, context.digest, span.digest)
+
+    def forget(self, span: Span) -> None:
+        """Delete every entry of these tokens in this namespace."""
+        for info in self._store.find(self.key(Context(), span)):
+            self._store.delete(info.key)
+
+    def compose(self, spans: Sequence[Span], capacity: int, resident: Resident | None = None) -> Stitched:
+        """Stitch `spans` (the prefix first) into a buffer of at least `capacity` rows.
+
+        `resident`, if given, is taken over: its buffer becomes the result's.
+        """
+        if resident is not None:
+            resident.cache.length = len(resident.token_ids)
+            resident.cache.reserve(capacity)
+        cache = resident.cache if resident is not None else self._model.new_cache(capacity)
+        cache.length = 0
+        stitched = Stitched(cache)
+        context = Context()
+        rest = list(spans)
+        while rest and self._place_exact(stitched, context, rest[0], resident):
+            rest.pop(0)
+        stitched.exact_end = cache.length
+        if rest:
+            self._place_approximate(stitched, context, rest)
+        return stitched
+
+    def _place_exact(
+        self, stitched: Stitched, context: Context, span: Span, resident: Resident | None
+    ) -> bool:
+        """Place `span` exactly, from the resident buffer, the store, or by reading it; False if it is approximate."""
+        cache, start = stitched.cache, stitched.cache.length
+        origin: Origin = "exact"
+        if resident is not None and resident.covers(start, span):
+            cache.length = start + len(span)
+        else:
+            key = self.key(context, span)
+            entry = self._store.get(key)
+            if entry is not None:
+                cache.load(entry, start)
+                cache.length = start + len(span)
+            elif start > 0 and self._candidates(key):
+                return False
+            else:
+                self._model.append(span.token_ids, cache)
+                stitched.forwarded += len(span)
+                stitched.unsaved.append(cache.entry(key, span.token_ids, start, context.spans))
+                origin = "computed"
+        stitched.placed.append(Placed(span, start, origin))
+        context.extend(span.token_ids, span.digest)
+        return True
+
+    def _candidates(self, key: EntryKey) -> list[EntryInfo]:
+        return self._store.find(key) if self._model.blendable else []
+
+    def _place_approximate(self, stitched: Stitched, context: Context, spans: Sequence[Span]) -> None:
+        cache, start = stitched.cache, stitched.cache.length
+        before = context.spans
+        cold: dict[str, KVEntry] = {}
+        for index, span in enumerate(spans):
+            entry = self._best(span, before) or cold.get(span.digest)
+            origin: Origin = "reused"
+            if entry is None:
+                run = [span, *takewhile(lambda s: self._is_cold(s, span), spans[index + 1 :])]
+                for read in self._read_behind_preamble(stitched, run):
+                    cold.setdefault(read.key.tokens, read)
+                entry = cold[span.digest]
+            if span.digest in cold:
+                origin = "computed"
+            cache.load(entry, start)
+            stitched.placed.append(Placed(span, start, origin))
+            start += len(span)
+            before = (*before, span.digest)
+        cache.length = start
+
+    def _is_cold(self, span: Span, first: Span) -> bool:
+        """Whether `span` continues a run of unread chunks of the same document."""
+        return span.document == first.document and not self._candidates(self.key(Context(), span))
+
+    def _best(self, span: Span, before: tuple[str, ...]) -> KVEntry | None:
+        """The entry of `span` whose context is closest to `before`: the longest run of the same spans before
+        it, then the most alike prefix, then the shortest context."""
+        infos = self._store.find(self.key(Context(), span))
+
+        def closeness(info: EntryInfo) -> tuple[int, bool, int]:
+            pairs = zip(reversed(info.spans), reversed(before), strict=False)
+            run = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            return run, info.spans[:1] == before[:1], -info.start
+
+        for info in sorted(infos, key=closeness, reverse=True):
+            entry = self._store.get(info.key)
+            if entry is not None:
+                return entry
+        return None
+
+    def _read_behind_preamble(self, stitched: Stitched, spans: Sequence[Span]) -> list[KVEntry]:
+        """Read consecutive chunks of one document behind the preamble, restarting it when the window is full."""
+        read: list[KVEntry] = []
+        pending = list(spans)
+        while pending:
+            room = self._model.window
+            needed = len(self._preamble) + sum(len(span) for span in pending)
+            scratch = self.compose([self._preamble], min(room, needed))
+            stitched.forwarded += scratch.forwarded
+            stitched.unsaved += scratch.unsaved
+            context = Context()
+            context.extend(self._preamble.token_ids, self._preamble.digest)
+            if context.length + len(pending[0]) > room:
+                raise PromptTooLongError(
+                    f"A chunk of {len(pending[0])} tokens is longer than the model's window of {room}. "
+                    "Give smaller chunks, or let kvmem split the text."
+                )
+            while pending and context.length + len(pending[0]) <= room:
+                span = pending.pop(0)
+                start = context.length
+                self._model.append(span.token_ids, scratch.cache)
+                entry = scratch.cache.entry(self.key(context, span), span.token_ids, start, context.spans)
+                stitched.forwarded += len(span)
+                read.append(entry)
+                context.extend(span.token_ids, span.digest)
+        stitched.unsaved += read
+        return read

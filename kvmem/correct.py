@@ -1,0 +1,93 @@
+"""The local correction: tokens that are not recomputed move along with recomputed ones near them.
+
+What changes in a chunk when it stands behind other text varies smoothly with position. The recomputed tokens
+are exact samples of that change; their neighbours are moved by a kernel-weighted mean of it, shrunk towards
+nothing far from any sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvmem.cache import BlendedLayer
+from kvmem.rope import Rope, Turn
+from kvmem.settings import BlendSettings
+
+_NEGLIGIBLE = 0.02
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Rows [start, end) and the samples [first, last) that move them; weights float32 [rows, samples]."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+    weights: Tensor
+
+
+class LocalCorrection:
+    """The correction for one forward.
+
+    selected: int64 [s], the recomputed positions, ascending; they are the forward's first s rows.
+    segments: the [start, end) of every approximate chunk.
+    """
+
+    def __init__(
+        self, selected: Tensor, segments: Sequence[tuple[int, int]], settings: BlendSettings
+    ) -> None:
+        self._selected = selected
+        self._blocks = [
+            block
+            for start, end in segments
+            if (block := _weigh(selected, start, end, settings)) is not None
+        ]
+        self._turns: dict[int, tuple[Turn, list[Turn]]] = {}
+
+    def apply(self, layer: BlendedLayer, new_keys: Tensor, new_values: Tensor) -> None:
+        """Move the rows between the samples. Layer 0 sees only the tokens themselves and needs nothing."""
+        if layer.index == 0 or not self._blocks:
+            return
+        count = self._selected.numel()
+        moved_values = new_values[0, :, :count].float() - layer.values[0][:, self._selected].float()
+        moved_keys = new_keys[0, :, :count].float() - layer.keys[0][:, self._selected].float()
+        turns = self._rotations(layer.group.rope)
+        if turns is not None:
+            moved_keys = turns[0].apply(moved_keys)
+        for number, block in enumerate(self._blocks):
+            shift = block.weights @ moved_values[:, block.first : block.last]
+            layer.values[0, :, block.start : block.end] += shift.to(layer.dtype)
+            shift = block.weights @ moved_keys[:, block.first : block.last]
+            if turns is not None:
+                shift = turns[1][number].apply(shift)
+            layer.keys[0, :, block.start : block.end] += shift.to(layer.dtype)
+
+    def _rotations(self, rope: Rope | None) -> tuple[Turn, list[Turn]] | None:
+        """Back from the samples' positions, and forward to each block's: RoPE is linear, differences rotate too."""
+        if rope is None:
+            return None
+        if id(rope) not in self._turns:
+            device = self._selected.device
+            forward = [rope.turn(torch.arange(b.start, b.end, device=device)) for b in self._blocks]
+            self._turns[id(rope)] = rope.turn(self._selected).inverse(), forward
+        return self._turns[id(rope)]
+
+
+def _weigh(selected: Tensor, start: int, end: int, settings: BlendSettings) -> _Block | None:
+    """The weights of one chunk's rows, or None when no sample lies in it."""
+    bounds = torch.tensor([start, end], device=selected.device)
+    first, last = (int(i) for i in torch.searchsorted(selected, bounds))
+    if first == last:
+        return None
+    samples = selected[first:last]
+    rows = torch.arange(start, end, device=selected.device)
+    kernel = torch.exp(-(rows[:, None] - samples[None, :]).abs().float() / settings.reach)
+    weights = kernel / (kernel.sum(dim=1, keepdim=True) + settings.shrinkage)
+    weights[weights.sum(dim=1) <= _NEGLIGIBLE] = 0.0
+    weights[samples - start] = 0.0
+    return _Block(start, end, first, last, weights)

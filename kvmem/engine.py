@@ -1,0 +1,448 @@
+"""KVMem: documents in, answers out. text -> Prompt -> Plan -> BlendedCache -> repair -> generate -> Answer."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvmem.answer import Answer, Prefill, Source, Timings, Usage
+from kvmem.blend import Repaired, repair
+from kvmem.compose import Composer, Resident, Stitched
+from kvmem.corpus import Corpus, chunks_of
+from kvmem.document import Chunk, Document, Metadata, as_document, split
+from kvmem.errors import ClosedError, EmptyInputError, InputError
+from kvmem.generate import Sampling, generate
+from kvmem.model import LanguageModel
+from kvmem.plan import Plan, make_plan
+from kvmem.prompt import DEFAULT_SYSTEM, Frame, Span, make_frame, query_ids
+from kvmem.retrieve import BM25Retriever, Retriever
+from kvmem.settings import BlendSettings, Settings
+from kvmem.store.base import Store, StoreStats
+from kvmem.store.disk import DiskStore
+from kvmem.store.memory import MemoryStore
+from kvmem.store.tiered import TieredStore
+from kvmem.stream import AnswerStream
+
+T = TypeVar("T")
+Context = Iterable[Any] | None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """documents, chunks, tokens: of the corpus. store: what is kept of them and of everything else read."""
+
+    documents: int
+    chunks: int
+    tokens: int
+    store: StoreStats
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """A question, checked, with its prompt planned."""
+
+    started: float
+    frame: Frame
+    spans: tuple[Span, ...]
+    query: tuple[int, ...]
+    plan: Plan
+    sources: tuple[Source, ...]
+    blend: BlendSettings
+    prepared: float
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [t for span in (self.frame.prefix, *self.spans) for t in span.token_ids] + list(self.query)
+
+
+class KVMem:
+    """A language model that has read your documents.
+
+    model: a hub id, a local directory, a GGUF file, "smollm2", a `LanguageModel`, or a transformers model
+        (then with `tokenizer`).
+    store: a directory, a `Store`, or None to keep everything in memory only.
+    settings: a `Settings`; any of its fields may also be given by name, and those of `ModelSettings` too.
+    retriever: chooses chunks when they do not all fit; BM25 by default.
+
+    May be used from any thread; the model runs in one thread of its own. Close it, or use it in `with`.
+    Raises ModelNotFoundError, ModelError, StoreError, InputError.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | LanguageModel | PreTrainedModel,
+        store: str | os.PathLike[str] | Store | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        settings: Settings | None = None,
+        retriever: Retriever | None = None,
+        **overrides: Any,
+    ) -> None:
+        self.settings = Settings.parse(settings, overrides)
+        self.store = _open_store(store, self.settings)
+        self.model = self._open_model(model, tokenizer)
+        self.retriever: Retriever = retriever or BM25Retriever()
+        namespace = self.settings.namespace
+        self._system = self.settings.system if self.settings.system is not None else DEFAULT_SYSTEM
+        self._frames: dict[str, Frame] = {}
+        self._corpus = Corpus(self.store, self.model, namespace, self.settings.split)
+        preamble = self._frame(DEFAULT_SYSTEM).prefix
+        self._composer = Composer(self.model, self.store, namespace, preamble)
+        self._resident: Resident | None = None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="kvmem")
+        self._closed = False
+
+    def _open_model(self, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> LanguageModel:
+        if isinstance(model, LanguageModel):
+            return model
+        if isinstance(model, (str, os.PathLike)):
+            return LanguageModel.load(model, self.settings.model)
+        if tokenizer is None:
+            raise InputError("A model object needs its tokenizer: KVMem(model, store, tokenizer=tokenizer).")
+        return LanguageModel(model, tokenizer, settings=self.settings.model)
+
+    # Documents
+
+    def add(self, document: Any, id: str | None = None, metadata: Metadata | None = None) -> Document:  # noqa: A002
+        """Read a document and keep it; one of the same id is replaced, and only what changed is read.
+
+        document: a text, a `pathlib.Path`, a `Document`, or a document of LangChain or LlamaIndex.
+        Raises InputError, EmptyInputError; the corpus is unchanged then.
+        """
+        new = as_document(document, id, metadata)
+        return self._run(lambda: self._add(new))
+
+    def _add(self, new: Document) -> Document:
+        old = self._corpus.find(new.id)
+        added = self._corpus.put(new)
+        self._read(added)
+        if old is not None:
+            self._forget(old)
+        return added
+
+    def get(self, id: str) -> Document:  # noqa: A002
+        """The document. Raises UnknownDocumentError."""
+        self._check_open()
+        return self._corpus.get(id)
+
+    def list(self) -> list[Document]:
+        """All documents, in the order they were added."""
+        self._check_open()
+        return [*self._corpus]
+
+    def remove(self, id: str) -> None:  # noqa: A002
+        """Remove a document and every cache of text that no other document has. Raises UnknownDocumentError."""
+        self._run(lambda: self._forget(self._corpus.remove(id)))
+
+    def stats(self) -> Stats:
+        """Counts of the corpus and of the store."""
+        self._check_open()
+        chunks = self._corpus.chunks()
+        tokens = sum(len(self._corpus.span(chunk)) for chunk in chunks)
+        return Stats(len({chunk.document_id for chunk in chunks}), len(chunks), tokens, self.store.stats())
+
+    def _read(self, document: Document) -> None:
+        """Bring the document's chunks into the store: in place behind the corpus while that fits the window."""
+        prefix = self._frame(self._system).prefix
+        corpus = [self._corpus.span(chunk) for chunk in self._corpus.chunks()]
+        if len(prefix) + sum(map(len, corpus)) + self.settings.max_tokens <= self.model.window:
+            self._keep(self._stitch([prefix, *corpus]))
+            return
+        run: list[Span] = []
+        for span in (self._corpus.span(chunk) for chunk in chunks_of(document)):
+            if run and len(prefix) + sum(map(len, run)) + len(span) > self.model.window:
+                self._keep(self._stitch([prefix, *run]))
+                run = []
+            run.append(span)
+        self._keep(self._stitch([prefix, *run]))
+
+    def _forget(self, document: Document) -> None:
+        used = self._corpus.in_use()
+        for chunk in chunks_of(document):
+            span = self._corpus.span(chunk)
+            if span.digest not in used:
+                self._composer.forget(span)
+
+    # Questions
+
+    def ask(
+        self,
+        question: str,
+        *,
+        context: Context = None,
+        system: str | None = None,
+        blend: BlendSettings | str | Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        **generate_kwargs: Any,
+    ) -> Answer:
+        """Answer a question from the corpus, or from `context` when it is given.
+
+        context: texts or documents, as in `add`; their caches are stored, they are not added to the corpus.
+        system: another system prompt. blend: how stitched caches are repaired, see `BlendSettings`.
+        generate_kwargs: handed to transformers' `generate`.
+        Raises EmptyInputError, InputError, PromptTooLongError.
+        """
+        stream = self.stream(
+            question,
+            context=context,
+            system=system,
+            blend=blend,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            stop=stop,
+            seed=seed,
+            **generate_kwargs,
+        )
+        return stream.answer
+
+    def stream(
+        self,
+        question: str,
+        *,
+        context: Context = None,
+        system: str | None = None,
+        blend: BlendSettings | str | Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        **generate_kwargs: Any,
+    ) -> AnswerStream:
+        """Like `ask`, as an iterator of text pieces; its `.answer` is the whole answer."""
+        started = time.perf_counter()
+        self._check_open()
+        sampling = Sampling(
+            max_tokens=self.settings.max_tokens if max_tokens is None else max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            seed=seed,
+            extra=generate_kwargs,
+        )
+        settings = self._blend(blend)
+
+        def work(emit: Callable[[str], None], cancelled: threading.Event) -> Answer:
+            with self.model.lock:
+                request = self._request(started, question, context, system, settings, sampling.max_tokens)
+                return self._answer(request, sampling, emit, cancelled)
+
+        return AnswerStream(self._executor, work)
+
+    def prefill(
+        self,
+        question: str,
+        *,
+        context: Context = None,
+        system: str | None = None,
+        blend: BlendSettings | str | Mapping[str, Any] | None = None,
+    ) -> Prefill:
+        """The stitched and repaired state for a question, without generating; compare it with `model(token_ids)`.
+
+        Arguments and errors as in `ask`.
+        """
+        started = time.perf_counter()
+        settings = self._blend(blend)
+
+        def work() -> Prefill:
+            request = self._request(started, question, context, system, settings, self.settings.max_tokens)
+            stitched = self._stitch([request.frame.prefix, *request.spans], spare=len(request.query))
+            after_stitch = time.perf_counter()
+            repaired = repair(self.model, stitched, request.query, request.blend, logits=True)
+            self._resident = None  # the buffer is the caller's from here on
+            ready = time.perf_counter()
+            self._save(stitched)
+            timings = self._timings(request, after_stitch, ready, ready)
+            usage = _usage(stitched, repaired, len(request.query), 0)
+            assert repaired.logits is not None  # noqa: S101
+            token_ids = torch.tensor(request.token_ids, dtype=torch.long)
+            return Prefill(token_ids, stitched.cache, repaired.logits, usage, request.plan, timings)
+
+        return self._run(work)
+
+    def _request(
+        self,
+        started: float,
+        question: str,
+        context: Context,
+        system: str | None,
+        blend: BlendSettings,
+        answer_tokens: int,
+    ) -> _Request:
+        if not isinstance(question, str):
+            raise InputError(f"The question is a {type(question).__name__}. Give a str.")
+        if not question.strip():
+            raise EmptyInputError("The question is empty. Ask something.")
+        frame = self._frame(self._system if system is None else system)
+        chunks = self._corpus.chunks() if context is None else self._context_chunks(context)
+        if not chunks:
+            raise EmptyInputError(
+                "There is nothing to answer from: the corpus is empty. add() a document first, "
+                "or pass texts as context=[...]."
+            )
+        spans = [self._corpus.span(chunk) for chunk in chunks]
+        query = query_ids(self.model, frame, question)
+        scores: list[float] = []
+
+        def score() -> list[float]:
+            scores.extend(self.retriever.score(question, chunks))
+            return scores
+
+        plan = make_plan(
+            prefix=len(frame.prefix),
+            chunks=[len(span) for span in spans],
+            query=len(query),
+            answer=answer_tokens,
+            window=self.model.window,
+            scores=score,
+        )
+        sources = tuple(
+            Source(chunks[i].document_id, chunks[i].text, chunks[i].metadata, scores[i] if scores else None)
+            for i in plan.chunks
+        )
+        taken = tuple(spans[i] for i in plan.chunks)
+        return _Request(started, frame, taken, query, plan, sources, blend, time.perf_counter())
+
+    def _context_chunks(self, context: Iterable[Any]) -> list[Chunk]:
+        if isinstance(context, (str, bytes)):
+            raise InputError("context is one text. Give a list of texts or documents.")
+        chunks: list[Chunk] = []
+        for item in context:
+            document = as_document(item)
+            pieces = document.chunks or split(document.text, self.model.count_tokens, self.settings.split)
+            chunks += chunks_of(Document(document.id, document.text, document.metadata, pieces))
+        return chunks
+
+    def _answer(
+        self,
+        request: _Request,
+        sampling: Sampling,
+        emit: Callable[[str], None],
+        cancelled: threading.Event,
+    ) -> Answer:
+        spare = len(request.query) + sampling.max_tokens
+        stitched = self._stitch([request.frame.prefix, *request.spans], spare)
+        after_stitch = time.perf_counter()
+        # The last token is left to generate(), which needs one to begin with.
+        repaired = repair(self.model, stitched, request.query[:-1], request.blend, logits=False)
+        after_repair = time.perf_counter()
+        generated = generate(self.model, stitched.cache, request.token_ids, sampling, emit, cancelled)
+        if request.blend.selector == "all":
+            stitched.exact_end = stitched.placed[-1].end
+        self._keep(stitched)
+        return Answer(
+            text=generated.text.strip(),
+            sources=request.sources,
+            usage=_usage(stitched, repaired, len(request.query), len(generated.token_ids)),
+            plan=request.plan,
+            timings=self._timings(request, after_stitch, after_repair, generated.first_token),
+            finish_reason=generated.finish_reason,
+        )
+
+    def _stitch(self, spans: Sequence[Span], spare: int = 0) -> Stitched:
+        resident, self._resident = self._resident, None
+        return self._composer.compose(spans, sum(map(len, spans)) + spare, resident)
+
+    def _keep(self, stitched: Stitched) -> None:
+        """Store what is new, and keep the buffer's exact rows for the next prompt."""
+        self._save(stitched)
+        self._resident = Resident(stitched.cache, tuple(stitched.token_ids[: stitched.exact_end]))
+
+    def _save(self, stitched: Stitched) -> None:
+        for entry in stitched.unsaved:
+            self.store.put(entry)
+
+    def _frame(self, system: str) -> Frame:
+        if system not in self._frames:
+            self._frames[system] = make_frame(self.model, system)
+        return self._frames[system]
+
+    def _blend(self, blend: BlendSettings | str | Mapping[str, Any] | None) -> BlendSettings:
+        return self.settings.blend if blend is None else BlendSettings.parse(blend)
+
+    def _timings(
+        self, request: _Request, after_stitch: float, after_repair: float, first_token: float
+    ) -> Timings:
+        return Timings(
+            prepare=request.prepared - request.started,
+            stitch=after_stitch - request.prepared,
+            repair=after_repair - after_stitch,
+            first_token=first_token - request.started,
+            total=time.perf_counter() - request.started,
+        )
+
+    # Lifetime
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("This KVMem was closed. Open a new one on the same store.")
+
+    def _run(self, work: Callable[[], T]) -> T:
+        self._check_open()
+
+        def locked() -> T:
+            with self.model.lock:
+                return work()
+
+        return self._executor.submit(locked).result()
+
+    def close(self) -> None:
+        """Wait for running work and release the store and the buffer. Calling it again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._resident = None
+        self.store.close()
+
+    def __enter__(self) -> KVMem:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _usage(stitched: Stitched, repaired: Repaired, query: int, generated: int) -> Usage:
+    recomputed = set(repaired.recomputed.tolist())
+    counts = {"exact": 0, "computed": query, "reused": 0}
+    for item in stitched.placed:
+        counts[item.origin] += sum(1 for p in range(item.start, item.end) if p not in recomputed)
+    return Usage(
+        exact=counts["exact"],
+        reused=counts["reused"],
+        recomputed=len(recomputed),
+        computed=counts["computed"],
+        generated=generated,
+        forwarded=stitched.forwarded + repaired.forwarded + (query - _read(repaired, query)),
+    )
+
+
+def _read(repaired: Repaired, query: int) -> int:
+    """How many of the query's tokens the repair read; generation reads the last one."""
+    return query if repaired.logits is not None else query - 1
+
+
+def _open_store(store: str | os.PathLike[str] | Store | None, settings: Settings) -> Store:
+    memory = MemoryStore(settings.memory_bytes)
+    if store is None:
+        return MemoryStore()
+    if isinstance(store, (str, os.PathLike)):
+        return TieredStore(memory, DiskStore(Path(store)))
+    return store

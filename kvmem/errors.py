@@ -1,0 +1,55 @@
+"""The exceptions of kvmem.
+
+    KVMemError
+    ├── InputError               an argument cannot be used (also a ValueError)
+    │   ├── EmptyInputError      empty text, question or corpus
+    │   └── PromptTooLongError   does not fit the model's window, even after retrieval
+    ├── UnknownDocumentError     no document with that id (also a LookupError)
+    ├── ModelError
+    │   ├── ModelNotFoundError   no such path, hub id or alias
+    │   └── NotBlendableError    the model's caches cannot be moved to other positions
+    ├── StoreError               the store directory cannot be used
+    └── ClosedError              the KVMem was closed
+
+Every message ends with what to do next.
+"""
+
+
+class KVMemError(Exception):
+    """Base class of every error raised on purpose by kvmem."""
+
+
+class InputError(KVMemError, ValueError):
+    """An argument cannot be used."""
+
+
+class EmptyInputError(InputError):
+    """A text, a question or the corpus is empty."""
+
+
+class PromptTooLongError(InputError):
+    """The prompt does not fit the model's window, even after retrieval."""
+
+
+class UnknownDocumentError(KVMemError, LookupError):
+    """There is no document with that id in this namespace."""
+
+
+class ModelError(KVMemError):
+    """The model cannot be loaded or used."""
+
+
+class ModelNotFoundError(ModelError):
+    """There is no model at that path, hub id or alias."""
+
+
+class NotBlendableError(ModelError):
+    """Caches of this model cannot be moved to other positions and repaired."""
+
+
+class StoreError(KVMemError):
+    """The store directory cannot be used."""
+
+
+class ClosedError(KVMemError):
+    """The object was closed."""

@@ -1,0 +1,170 @@
+"""Decoding by transformers' own `generate` on a filled buffer, token by token into a callback."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from kvmem.answer import FinishReason
+from kvmem.cache import BlendedCache
+from kvmem.errors import InputError
+from kvmem.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn, by the names of LangChain and of transformers.
+
+    temperature 0 is greedy. extra: more of `transformers.GenerationConfig`, or arguments of `generate`.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float | None = None
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise InputError(f"max_tokens={self.max_tokens} leaves no room for an answer. Give 1 or more.")
+        if self.temperature < 0:
+            raise InputError(f"temperature={self.temperature} is below 0. Give 0 (greedy) or more.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p={self.top_p} is outside (0, 1].")
+        if any(not text for text in self.stop):
+            raise InputError("A stop string is empty. Leave it out, or give text.")
+
+    def options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"max_new_tokens": self.max_tokens, "do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            options["temperature"] = self.temperature
+            if self.top_p is not None:
+                options["top_p"] = self.top_p
+        return options | dict(self.extra)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """text: decoded, without special tokens and without the stop string. first_token: perf_counter seconds."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    first_token: float
+
+
+def generate(
+    model: LanguageModel,
+    cache: BlendedCache,
+    token_ids: Sequence[int],
+    sampling: Sampling,
+    emit: Callable[[str], None],
+    cancelled: threading.Event,
+) -> Generated:
+    """Continue `token_ids`, of which `cache` holds all but the last; `emit` gets each new piece of text."""
+    streamer = _Streamer(model, sampling.stop, emit)
+    prompt = torch.tensor([list(token_ids)], device=model.device)
+    config = GenerationConfig.from_model_config(model.hf.config)
+    base = model.hf.generation_config
+    options = sampling.options()
+    known = {name: value for name, value in options.items() if hasattr(config, name)}
+    passed_on = {name: value for name, value in options.items() if name not in known}
+    config = GenerationConfig(**{**_ends(base, model), **known})
+    with torch.no_grad(), torch.random.fork_rng(enabled=sampling.seed is not None):
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        model.hf.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+            generation_config=config,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([_Stop(streamer, cancelled)]),
+            **passed_on,
+        )
+    reason: FinishReason = "length"
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if streamer.stopped or (streamer.token_ids and streamer.token_ids[-1] in ends):
+        reason = "stop"
+    elif cancelled.is_set():
+        reason = "cancelled"
+    return Generated(streamer.text, tuple(streamer.token_ids), reason, streamer.first_token)
+
+
+def _ends(base: GenerationConfig, model: LanguageModel) -> dict[str, Any]:
+    """Where the model's own answers end; sampling defaults of the checkpoint are not inherited."""
+    end = base.eos_token_id if base.eos_token_id is not None else model.tokenizer.eos_token_id
+    pad = base.pad_token_id if base.pad_token_id is not None else model.tokenizer.pad_token_id
+    if pad is None:
+        pad = end[0] if isinstance(end, list) else end
+    return {"eos_token_id": end, "pad_token_id": pad, "bos_token_id": base.bos_token_id}
+
+
+class _Streamer(BaseStreamer):  # type: ignore[misc,no-untyped-call]
+    """Decodes as tokens come. Text that may yet turn out to begin a stop string is held back."""
+
+    def __init__(self, model: LanguageModel, stop: tuple[str, ...], emit: Callable[[str], None]) -> None:
+        self._decode = model.tokenizer.decode
+        self._stop, self._emit = stop, emit
+        self._prompt_is_next = True
+        self._sent = 0
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.stopped = False
+        self.first_token = 0.0
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt_is_next:
+            self._prompt_is_next = False
+            return
+        if not self.token_ids:
+            self.first_token = time.perf_counter()
+        self.token_ids += value.flatten().tolist()
+        if not self.stopped:
+            self._advance(final=False)
+
+    def end(self) -> None:
+        if not self.stopped:
+            self._advance(final=True)
+
+    def _advance(self, final: bool) -> None:
+        text = str(self._decode(self.token_ids, skip_special_tokens=True))
+        hits = [text.find(stop) for stop in self._stop if stop in text]
+        if hits:
+            self.stopped = True
+            text = text[: min(hits)]
+        ready = len(text) if final or self.stopped else len(text) - self._held_back(text)
+        if ready > self._sent:
+            self._emit(text[self._sent : ready])
+            self._sent = ready
+        self.text = text
+
+    def _held_back(self, text: str) -> int:
+        """Characters at the end that may still change (half a UTF-8 character) or begin a stop string."""
+        held = len(text) - len(text.rstrip("\ufffd"))
+        for stop in self._stop:
+            for size in range(min(len(stop) - 1, len(text)), held, -1):
+                if text.endswith(stop[:size]):
+                    held = size
+                    break
+        return held
+
+
+class _Stop(StoppingCriteria):
+    """Ends generation at a stop string or when the caller no longer listens."""
+
+    def __init__(self, streamer: _Streamer, cancelled: threading.Event) -> None:
+        self._streamer, self._cancelled = streamer, cancelled
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done = self._streamer.stopped or self._cancelled.is_set()
+        return torch.full((input_ids.shape[0],), done, dtype=torch.bool, device=input_ids.device)

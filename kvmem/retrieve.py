@@ -1,0 +1,44 @@
+"""Retrieval for corpora that do not fit the window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import bm25s
+
+from kvmem.document import Chunk
+
+
+class Retriever(Protocol):
+    """What a retriever of your own has to do."""
+
+    def score(self, question: str, chunks: Sequence[Chunk]) -> Sequence[float]:
+        """One relevance per chunk, in the order given; higher is better, 0 or less is irrelevant."""
+
+
+class BM25Retriever:
+    """BM25 (Robertson and Zaragoza, 2009) by bm25s; the index is kept while the chunks stay the same."""
+
+    def __init__(self) -> None:
+        self._indexed: tuple[str, ...] = ()
+        self._index: bm25s.BM25 | None = None
+
+    def score(self, question: str, chunks: Sequence[Chunk]) -> list[float]:
+        texts = tuple(chunk.text for chunk in chunks)
+        if not texts:
+            return []
+        if texts != self._indexed:
+            index = bm25s.BM25()
+            index.index(_terms(texts), show_progress=False)
+            self._index, self._indexed = index, texts
+        assert self._index is not None  # noqa: S101
+        terms = bm25s.tokenize(question, stopwords="en", return_ids=False, show_progress=False)[0]
+        known = [term for term in terms if term in self._index.vocab_dict]
+        if not known:
+            return [0.0] * len(texts)
+        return [float(s) for s in self._index.get_scores(known)]
+
+
+def _terms(texts: Sequence[str]) -> object:
+    return bm25s.tokenize(list(texts), stopwords="en", show_progress=False)

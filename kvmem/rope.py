@@ -1,0 +1,67 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864): moving keys to other positions.
+
+Rotations compose, so a key read at position p stands at position p + d after one more rotation by d.
+The scaling that YaRN applies to cos and sin is part of the stored key already and is not applied again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Pairing = Literal["half", "interleaved"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """The rotation of one kind of layer.
+
+    inv_freq: float64 [rotary_dim / 2], radians per token.
+    pairing: "half" rotates dimension i with i + rotary_dim / 2 (Llama, Qwen, Gemma, GPT-NeoX);
+        "interleaved" rotates 2i with 2i + 1 (GPT-J, Cohere, GLM).
+    Dimensions from rotary_dim on are not rotated (partial rotary).
+    """
+
+    inv_freq: Tensor
+    pairing: Pairing
+
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * self.inv_freq.numel()
+
+    def turn(self, positions: Tensor) -> Turn:
+        """The rotation by `positions` (int64 [n], or [1] for one shift of all rows; may be negative)."""
+        angles = positions.to(torch.float64)[:, None] * self.inv_freq.to(positions.device)[None, :]
+        return Turn(angles.cos().float(), angles.sin().float(), self.pairing)
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """A rotation that is ready to apply: cos and sin are float32 [n or 1, rotary_dim / 2]."""
+
+    cos: Tensor
+    sin: Tensor
+    pairing: Pairing
+
+    def rows(self, index: Tensor | slice) -> Turn:
+        return Turn(self.cos[index], self.sin[index], self.pairing)
+
+    def inverse(self) -> Turn:
+        return Turn(self.cos, -self.sin, self.pairing)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """`x` [..., n, dim] rotated, in float32; a new tensor."""
+        half = self.cos.shape[-1]
+        out = x.to(torch.float32, copy=True)
+        if self.pairing == "half":
+            first, second = out[..., :half], out[..., half : 2 * half]
+        else:
+            first, second = out[..., 0 : 2 * half : 2], out[..., 1 : 2 * half : 2]
+        turned_first = first * self.cos - second * self.sin
+        turned_second = second * self.cos + first * self.sin
+        first.copy_(turned_first)
+        second.copy_(turned_second)
+        return out

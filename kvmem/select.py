@@ -1,0 +1,106 @@
+"""Which tokens of a stitched cache are recomputed.
+
+Each selector is a function of a `Candidates` and the settings, and returns positions. `budget` of them, unless
+its name says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvmem.settings import BlendSettings, SelectorName
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What a selector chooses from.
+
+    segments: the [start, end) of every approximate chunk, ascending.
+    attention: () -> float32 [end of the last segment], the question's attention to every position.
+    deviation: () -> float32 [number of candidates], how far the KV of layer 1 is from exact.
+    """
+
+    segments: tuple[tuple[int, int], ...]
+    attention: Callable[[], Tensor]
+    deviation: Callable[[], Tensor]
+    device: torch.device
+
+    @property
+    def count(self) -> int:
+        return sum(end - start for start, end in self.segments)
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [count], ascending."""
+        ranges = [torch.arange(start, end, device=self.device) for start, end in self.segments]
+        return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.long, device=self.device)
+
+
+Selector = Callable[[Candidates, int, BlendSettings], Tensor]
+
+
+def select(candidates: Candidates, settings: BlendSettings) -> Tensor:
+    """The positions to recompute, int64, ascending."""
+    budget = int(settings.recompute * candidates.count)
+    if not candidates.count:
+        return candidates.positions
+    return SELECTORS[settings.selector](candidates, budget, settings).sort().values
+
+
+def _query(candidates: Candidates, budget: int, settings: BlendSettings) -> Tensor:
+    """What the question attends to, and an even spread over the rest for the correction to sample."""
+    positions = candidates.positions
+    if not budget:
+        return positions[:0]
+    if budget == candidates.count:
+        return positions
+    scores = candidates.attention()[positions]
+    focused = budget - int(settings.spread * budget)
+    chosen = torch.zeros(len(positions), dtype=torch.bool, device=positions.device)
+    chosen[scores.topk(focused).indices] = True
+    rest = torch.nonzero(~chosen)[:, 0]
+    spread = budget - focused
+    if spread:
+        steps = (torch.arange(spread, device=positions.device) + 0.5) * (len(rest) / spread)
+        chosen[rest[steps.long()]] = True
+    return positions[chosen]
+
+
+def _deviation(candidates: Candidates, budget: int, settings: BlendSettings) -> Tensor:
+    """CacheBlend (EuroSys'25): the tokens whose KV at layer 1 differs most from exact."""
+    positions = candidates.positions
+    return positions[candidates.deviation().topk(budget).indices] if budget else positions[:0]
+
+
+def _first_k(candidates: Candidates, budget: int, settings: BlendSettings) -> Tensor:
+    """EPIC (ICML'25): the first tokens of every chunk, as many in each as the budget allows."""
+    longest = max(end - start for start, end in candidates.segments)
+    taken: list[Tensor] = []
+    for offset in range(longest):
+        for start, end in candidates.segments:
+            if start + offset < end and len(taken) < budget:
+                taken.append(torch.tensor(start + offset, device=candidates.device))
+    return torch.stack(taken) if taken else candidates.positions[:0]
+
+
+def _none(candidates: Candidates, budget: int, settings: BlendSettings) -> Tensor:
+    """Reuse without repair."""
+    return candidates.positions[:0]
+
+
+def _all(candidates: Candidates, budget: int, settings: BlendSettings) -> Tensor:
+    """Full recompute: equal to full prefill, the oracle."""
+    return candidates.positions
+
+
+SELECTORS: dict[SelectorName, Selector] = {
+    "query": _query,
+    "deviation": _deviation,
+    "first_k": _first_k,
+    "none": _none,
+    "all": _all,
+}

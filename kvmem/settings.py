@@ -1,0 +1,144 @@
+"""Every knob, as frozen pydantic models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kvmem.errors import InputError
+
+SelectorName = Literal["query", "deviation", "first_k", "none", "all"]
+AttentionName = Literal["sdpa", "eager"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BlendSettings(_Frozen):
+    """How a stitched cache is repaired.
+
+    selector: which tokens are recomputed, see `kvmem.select`.
+    recompute: the fraction of the approximate tokens to recompute, in [0, 1].
+    correction: move the tokens that are not recomputed along with those that are; None means on for
+        `query`, off for the other selectors (which are published baselines and stay plain).
+    reach: how far, in tokens, a recomputed token's change is carried to its neighbours.
+    shrinkage: weight of "no change" in the correction; larger is more careful.
+    spread: the part of the budget of `query` that is spread evenly, so that every chunk has samples.
+    """
+
+    selector: SelectorName = "query"
+    recompute: float = Field(default=0.1, ge=0.0, le=1.0)
+    correction: bool | None = None
+    reach: float = Field(default=64.0, gt=0)
+    shrinkage: float = Field(default=2.0, gt=0)
+    spread: float = Field(default=0.25, ge=0.0, le=1.0)
+
+    @property
+    def corrects(self) -> bool:
+        if self.selector in ("none", "all"):
+            return False
+        return self.selector == "query" if self.correction is None else self.correction
+
+    @classmethod
+    def parse(cls, value: BlendSettings | str | Mapping[str, Any] | None) -> BlendSettings:
+        """Settings from a selector's name, a mapping, settings, or None (the defaults)."""
+        if isinstance(value, BlendSettings):
+            return value
+        if value is None:
+            return cls()
+        fields: Any = {"selector": value} if isinstance(value, str) else value
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise InputError(
+                f"blend={value!r} cannot be used: {_reasons(error)}. Give a selector's name "
+                "('query', 'deviation', 'first_k', 'none', 'all') or a mapping such as "
+                '{"selector": "query", "recompute": 0.1}.'
+            ) from None
+
+
+class SplitSettings(_Frozen):
+    """Sizes of chunks, in tokens. Only the last chunk of a document may be smaller than `minimum`."""
+
+    minimum: int = Field(default=192, ge=1)
+    maximum: int = Field(default=512, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SplitSettings:
+        if self.minimum > self.maximum:
+            raise ValueError("minimum is greater than maximum")
+        return self
+
+
+class ModelSettings(_Frozen):
+    """How the model is loaded.
+
+    dtype: "auto" keeps the checkpoint's own; else "bfloat16", "float16" or "float32".
+    device: "auto" is CUDA when there is one, else the CPU. device_map is handed to transformers as it is.
+    threads: CPU threads for torch; None leaves torch's own choice.
+    attention: the arithmetic of attention over a blended cache; "eager" is the slow reference.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | dict[str, Any] | None = None
+    threads: int | None = Field(default=None, ge=1)
+    attention: AttentionName = "sdpa"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class Settings(_Frozen):
+    """Everything a `KVMem` can be told beside its model and its store.
+
+    system: the system prompt; None is `kvmem.prompt.DEFAULT_SYSTEM`.
+    max_tokens: the longest answer, in tokens; room for it is kept free in the window.
+    namespace: entries and documents of other namespaces are invisible.
+    memory_bytes: how much KV is kept in memory beside the working buffer.
+    """
+
+    model: ModelSettings = ModelSettings()
+    blend: BlendSettings = BlendSettings()
+    split: SplitSettings = SplitSettings()
+    system: str | None = None
+    max_tokens: int = Field(default=256, ge=1)
+    namespace: str = Field(default="default", min_length=1)
+    memory_bytes: int = Field(default=1 << 30, ge=0)
+
+    @classmethod
+    def parse(cls, base: Settings | None, overrides: Mapping[str, Any]) -> Settings:
+        """`base` with `overrides` applied; names of `ModelSettings` may be given flat."""
+        base = base or cls()
+        fields = base.model_dump()
+        for name, value in overrides.items():
+            if name in ModelSettings.model_fields and name not in cls.model_fields:
+                fields["model"][name] = value
+            elif name == "blend":
+                fields["blend"] = BlendSettings.parse(value).model_dump()
+            else:
+                fields[name] = value.model_dump() if isinstance(value, BaseModel) else value
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise InputError(
+                f"These settings cannot be used: {_reasons(error)}. See kvmem.settings for all of them."
+            ) from None
+
+
+def _reasons(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        parts.append(f"{where}: {item['msg']}" if where else item["msg"])
+    return "; ".join(parts)
+
+
+def default_cache_dir() -> Path:
+    """Where converted models are kept, for example ~/.cache/kvmem."""
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("kvmem"))

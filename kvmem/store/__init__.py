@@ -1,0 +1,8 @@
+"""Where entries and documents are kept."""
+
+from kvmem.store.base import Problem, Store, StoreStats
+from kvmem.store.disk import DiskStore
+from kvmem.store.memory import MemoryStore
+from kvmem.store.tiered import TieredStore
+
+__all__ = ["DiskStore", "MemoryStore", "Problem", "Store", "StoreStats", "TieredStore"]

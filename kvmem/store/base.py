@@ -1,0 +1,66 @@
+"""The protocol that every store follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvmem.entry import EntryInfo, EntryKey, KVEntry
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """entries, bytes: what is kept now. hits, misses: of `get` since this store was opened."""
+
+    entries: int
+    bytes: int
+    hits: int
+    misses: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One inconsistency found by `check`: what (a short word), where (a file or key), and whether it was mended."""
+
+    what: str
+    where: str
+    fixed: bool
+
+
+class Store(Protocol):
+    """Keeps entries by key. Every method may be called from any thread.
+
+    Returned entries must never be written to; they stay valid after a later `delete`.
+    """
+
+    @property
+    def documents(self) -> MutableMapping[str, str]:
+        """Small JSON texts by name, kept as durably as entries: the corpus lives here."""
+
+    def get(self, key: EntryKey) -> KVEntry | None:
+        """The entry, or None. A damaged entry is removed and is a miss; never raises for one."""
+
+    def put(self, entry: KVEntry) -> bool:
+        """Keep `entry`, replacing one of the same key; it is durable on return. False when it could not be kept."""
+
+    def delete(self, key: EntryKey) -> bool:
+        """Remove the entry; False when there was none."""
+
+    def contains(self, key: EntryKey) -> bool:
+        """Whether `get` would most likely find it."""
+
+    def find(self, key: EntryKey) -> list[EntryInfo]:
+        """Every entry of these tokens (namespace, model and token ids of `key`), whatever its context."""
+
+    def keys(self) -> Iterator[EntryKey]:
+        """The keys of all entries, in no particular order."""
+
+    def stats(self) -> StoreStats:
+        """Counts and bytes, see `StoreStats`."""
+
+    def check(self, fix: bool = False) -> list[Problem]:
+        """Every inconsistency between index and entries; with `fix`, mended by removal."""
+
+    def close(self) -> None:
+        """Release files. Calling it again does nothing."""

@@ -1,0 +1,56 @@
+"""TieredStore: a small fast store in front of a durable one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+
+from kvmem.entry import EntryInfo, EntryKey, KVEntry
+from kvmem.store.base import Problem, Store, StoreStats
+
+
+class TieredStore:
+    """Reads try `fast` first; writes and deletes go to `durable` first, so nothing is only in memory."""
+
+    def __init__(self, fast: Store, durable: Store) -> None:
+        self.fast, self.durable = fast, durable
+
+    @property
+    def documents(self) -> MutableMapping[str, str]:
+        return self.durable.documents
+
+    def get(self, key: EntryKey) -> KVEntry | None:
+        entry = self.fast.get(key)
+        if entry is None:
+            entry = self.durable.get(key)
+            if entry is not None:
+                self.fast.put(entry)
+        return entry
+
+    def put(self, entry: KVEntry) -> bool:
+        kept = self.durable.put(entry)
+        self.fast.put(entry)
+        return kept
+
+    def delete(self, key: EntryKey) -> bool:
+        found = self.durable.delete(key)
+        return self.fast.delete(key) or found
+
+    def contains(self, key: EntryKey) -> bool:
+        return self.fast.contains(key) or self.durable.contains(key)
+
+    def find(self, key: EntryKey) -> list[EntryInfo]:
+        return self.durable.find(key) or self.fast.find(key)
+
+    def keys(self) -> Iterator[EntryKey]:
+        return self.durable.keys()
+
+    def stats(self) -> StoreStats:
+        below, above = self.durable.stats(), self.fast.stats()
+        return StoreStats(below.entries, below.bytes, above.hits + below.hits, below.misses)
+
+    def check(self, fix: bool = False) -> list[Problem]:
+        return [*self.fast.check(fix), *self.durable.check(fix)]
+
+    def close(self) -> None:
+        self.fast.close()
+        self.durable.close()

@@ -1,0 +1,170 @@
+"""For tests, ours and yours: tiny random models that need no network, and a conformance suite for stores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from kvmem.entry import Context, EntryKey, KVEntry, digest_tokens
+from kvmem.model import LanguageModel
+from kvmem.store.base import Store
+
+_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_SPECIAL = ("<|bos|>", "<|im_start|>", "<|im_end|>")
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and a ChatML template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate((*_SPECIAL, *alphabet))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|bos|>",  # noqa: S106
+        eos_token="<|im_end|>",  # noqa: S106
+        pad_token="<|im_end|>",  # noqa: S106
+        additional_special_tokens=["<|im_start|>"],
+    )
+    wrapped.chat_template = _TEMPLATE
+    return wrapped
+
+
+def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
+    """A config of `model_type` with two heads' worth of everything; `overrides` win."""
+    fields: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        # Random weights of the usual scale attend almost evenly, which would hide mistakes.
+        "initializer_range": 0.15,
+    }
+    return AutoConfig.for_model(model_type, **{**fields, **overrides})
+
+
+def tiny_model(model_type: str = "llama", seed: int = 0, **overrides: Any) -> LanguageModel:
+    """A float32 model of that architecture with random weights, ready in well under a second."""
+    torch.manual_seed(seed)
+    hf = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides), dtype=torch.float32)
+    return LanguageModel(hf, tiny_tokenizer(), name=f"tiny-{model_type}")
+
+
+def make_entry(
+    seed: int = 0,
+    tokens: int = 5,
+    namespace: str = "default",
+    fingerprint: str = "model",
+    context: tuple[int, ...] = (1, 2, 3),
+    dtype: torch.dtype = torch.bfloat16,
+) -> KVEntry:
+    """A random entry; equal arguments give equal entries."""
+    generator = torch.Generator().manual_seed(seed)
+    token_ids = tuple(torch.randint(0, 300, (tokens,), generator=generator).tolist())
+    before = Context()
+    before.extend(context, digest_tokens(context))
+    key = EntryKey(namespace, fingerprint, before.digest, digest_tokens(token_ids))
+    shape = (2, 2, tokens, 16)
+    keys = torch.randn(shape, generator=generator).to(dtype)
+    values = torch.randn(shape, generator=generator).to(dtype)
+    return KVEntry(key, token_ids, before.length, before.spans, (keys,), (values,))
+
+
+def same_entry(first: KVEntry, second: KVEntry) -> bool:
+    """Whether two entries are equal, bit for bit."""
+    pairs = list(zip((*first.keys, *first.values), (*second.keys, *second.values), strict=True))
+    return (
+        first.key == second.key
+        and first.token_ids == second.token_ids
+        and (first.start, first.spans) == (second.start, second.spans)
+        and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+    )
+
+
+def check_store(make_store: Callable[[], Store]) -> None:
+    """Run the conformance suite on empty stores from `make_store`. Raises AssertionError at the first fault."""
+    for check in (_check_round_trip, _check_missing, _check_delete, _check_find, _check_documents):
+        store = make_store()
+        try:
+            check(store)
+            _expect(store.check() == [], f"{check.__name__}: check() finds problems: {store.check()}")
+        finally:
+            store.close()
+
+
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
+
+
+def _check_round_trip(store: Store) -> None:
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        entry = make_entry(seed=1, dtype=dtype)
+        _expect(store.put(entry), "put returns True")
+        found = store.get(entry.key)
+        _expect(found is not None and same_entry(found, entry), f"a {dtype} entry comes back bit for bit")
+    _expect(store.contains(entry.key), "contains is True for a kept entry")
+    _expect(list(store.keys()) == [entry.key], "keys lists a replaced entry once")
+    _expect(store.stats().entries == 1, "stats counts a replaced entry once")
+
+
+def _check_missing(store: Store) -> None:
+    key = make_entry().key
+    _expect(store.get(key) is None, "get of an unknown key is None")
+    _expect(not store.contains(key), "contains of an unknown key is False")
+    _expect(not store.delete(key), "delete of an unknown key is False")
+    _expect(store.find(key) == [], "find of unknown tokens is empty")
+    _expect(store.stats().misses >= 1, "stats counts the miss")
+
+
+def _check_delete(store: Store) -> None:
+    entry, other = make_entry(seed=1), make_entry(seed=2)
+    store.put(entry)
+    store.put(other)
+    _expect(store.delete(entry.key), "delete of a kept entry is True")
+    _expect(store.get(entry.key) is None, "a deleted entry is gone")
+    _expect(store.find(entry.key) == [], "a deleted entry is not found by its tokens")
+    found = store.get(other.key)
+    _expect(found is not None and same_entry(found, other), "other entries stay")
+
+
+def _check_find(store: Store) -> None:
+    first = make_entry(seed=1)
+    second = make_entry(seed=1, context=(7, 8))
+    strangers = [make_entry(seed=2), make_entry(seed=1, namespace="b"), make_entry(seed=1, fingerprint="x")]
+    for entry in (first, second, *strangers):
+        store.put(entry)
+    found = {info.key: info for info in store.find(first.key)}
+    _expect(set(found) == {first.key, second.key}, "find gives all contexts, and no other tenant or model")
+    _expect(found[second.key] == second.info, "find describes the entry")
+
+
+def _check_documents(store: Store) -> None:
+    documents = store.documents
+    _expect(documents.get("a") is None and "a" not in documents, "an unknown document is missing")
+    documents["a"] = "eins"
+    documents["../b"] = "zwei" * 20_000
+    documents["a"] = "drei"
+    _expect(dict(documents) == {"a": "drei", "../b": "zwei" * 20_000}, "documents come back")
+    del documents["a"]
+    _expect(list(documents) == ["../b"], "a deleted document is gone")
