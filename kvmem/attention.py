@@ -105,9 +105,9 @@ def attend(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     observed = int(module.layer_idx) in step.scored_layers  # type: ignore[arg-type]
     reference = step.backend == "eager" or softcap is not None or s_aux is not None
-    if not observed and not reference and step.start == 0 and step.contiguous:
-        if sliding_window is None or step.end <= sliding_window:
-            return _fast(query, key[:, :, : step.end], value[:, :, : step.end], None, scale, True), None
+    causal = step.contiguous and step.start == 0 and (sliding_window is None or step.end <= sliding_window)
+    if causal and not observed and not reference:
+        return _fast(query, key, value, None, scale, True), None
     pieces = []
     for block in step.blocks(sliding_window):
         rows = query[:, :, block.first : block.last]

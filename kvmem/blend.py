@@ -88,9 +88,7 @@ class _Deviation:
 class _Observer:
     """Measures what selectors ask for, and counts the tokens it forwards."""
 
-    def __init__(
-        self, model: LanguageModel, stitched: Stitched, query_ids: Tensor, query_positions: Tensor
-    ) -> None:
+    def __init__(self, model: LanguageModel, stitched: Stitched, query_ids: Tensor, query_positions: Tensor) -> None:
         self._model, self._stitched = model, stitched
         self._query_ids, self._query_positions = query_ids, query_positions
         self.forwarded = 0

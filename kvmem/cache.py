@@ -49,16 +49,12 @@ class BlendedLayer(CacheLayerMixin):
 
     is_croppable = True
 
-    def __init__(
-        self, index: int, group: LayerGroup, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        super().__init__()
+    def __init__(self, index: int, group: LayerGroup, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.index, self.group = index, group
         self.dtype, self.device = dtype, device
         self.keys: Tensor = torch.empty((1, group.kv_heads, capacity, group.key_dim), dtype=dtype, device=device)
-        self.values: Tensor = torch.empty(
-            (1, group.kv_heads, capacity, group.value_dim), dtype=dtype, device=device
-        )
+        self.values: Tensor = torch.empty((1, group.kv_heads, capacity, group.value_dim), dtype=dtype, device=device)
         self.length = 0
         self.is_initialized = True
         self.step: Step | None = None
@@ -75,9 +71,7 @@ class BlendedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the buffer is allocated at construction."""
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new rows and return the rows that attention shall see.
 
         Inside a step the rows go to the step's positions and all rows up to its last position are returned.
@@ -148,9 +142,7 @@ class BlendedCache(Cache):
     It is a private copy: stored entries are copied in and never written to.
     """
 
-    def __init__(
-        self, groups: Sequence[LayerGroup], capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, groups: Sequence[LayerGroup], capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         self.groups = tuple(groups)
         by_index = {
             index: BlendedLayer(index, group, capacity, dtype, device)
@@ -158,7 +150,7 @@ class BlendedCache(Cache):
             for index in group.layers
         }
         self.blended: list[BlendedLayer] = [by_index[index] for index in sorted(by_index)]
-        super().__init__(layers=self.blended)
+        super().__init__(layers=list(self.blended))
 
     @property
     def length(self) -> int:
@@ -195,13 +187,13 @@ class BlendedCache(Cache):
         for number, group in enumerate(self.groups):
             turn = None
             if group.rope is not None and start != entry.start:
-                shift = torch.tensor([start - entry.start])
-                turn = group.rope.turn(shift)
+                rows = torch.arange(len(entry.token_ids))
+                turn = group.rope.move(rows + entry.start, rows + start)
             keys, values = entry.keys[number], entry.values[number]
-            for row, index in enumerate(group.layers):
+            for place, index in enumerate(group.layers):
                 layer = self.blended[index]
-                layer.keys[0, :, start:end] = keys[row] if turn is None else turn.apply(keys[row])
-                layer.values[0, :, start:end] = values[row]
+                layer.keys[0, :, start:end] = keys[place] if turn is None else turn.apply(keys[place])
+                layer.values[0, :, start:end] = values[place]
 
     def slice(self, start: int, end: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Copies of rows [start, end) on the CPU, stacked per layer group as in `KVEntry`."""
@@ -212,9 +204,7 @@ class BlendedCache(Cache):
             values.append(torch.stack([m.values[0, :, start:end] for m in members]).cpu())
         return tuple(keys), tuple(values)
 
-    def entry(
-        self, key: EntryKey, token_ids: tuple[int, ...], start: int, spans: tuple[str, ...]
-    ) -> KVEntry:
+    def entry(self, key: EntryKey, token_ids: tuple[int, ...], start: int, spans: tuple[str, ...]) -> KVEntry:
         """The rows of a span that begins at `start`, as an entry of its own."""
         keys, values = self.slice(start, start + len(token_ids))
         return KVEntry(key, token_ids, start, spans, keys, values)

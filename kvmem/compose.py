@@ -105,9 +105,7 @@ class Composer:
             self._place_approximate(stitched, context, rest)
         return stitched
 
-    def _place_exact(
-        self, stitched: Stitched, context: Context, span: Span, resident: Resident | None
-    ) -> bool:
+    def _place_exact(self, stitched: Stitched, context: Context, span: Span, resident: Resident | None) -> bool:
         """Place `span` exactly, from the resident buffer, the store, or by reading it; False if it is approximate."""
         cache, start = stitched.cache, stitched.cache.length
         origin: Origin = "exact"
@@ -141,7 +139,8 @@ class Composer:
             entry = self._best(span, before) or cold.get(span.digest)
             origin: Origin = "reused"
             if entry is None:
-                run = [span, *takewhile(lambda s: self._is_cold(s, span), spans[index + 1 :])]
+                document = span.document
+                run = [span, *takewhile(lambda s: self._is_cold(s, document), spans[index + 1 :])]  # noqa: B023
                 for read in self._read_behind_preamble(stitched, run):
                     cold.setdefault(read.key.tokens, read)
                 entry = cold[span.digest]
@@ -153,9 +152,9 @@ class Composer:
             before = (*before, span.digest)
         cache.length = start
 
-    def _is_cold(self, span: Span, first: Span) -> bool:
-        """Whether `span` continues a run of unread chunks of the same document."""
-        return span.document == first.document and not self._candidates(self.key(Context(), span))
+    def _is_cold(self, span: Span, document: str | None) -> bool:
+        """Whether `span` continues a run of unread chunks of that document."""
+        return span.document == document and not self._candidates(self.key(Context(), span))
 
     def _best(self, span: Span, before: tuple[str, ...]) -> KVEntry | None:
         """The entry of `span` whose context is closest to `before`: the longest run of the same spans before

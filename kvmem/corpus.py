@@ -70,11 +70,9 @@ class Corpus:
         return document
 
     def _ordered(self) -> list[tuple[int, Document]]:
-        rows = []
-        for name in self._rows:
-            if json.loads(name)[0] == self._namespace and (row := self._rows.get(name)) is not None:
-                rows.append((int(json.loads(row)["order"]), _document(row)))
-        return sorted(rows, key=lambda pair: pair[0])
+        rows = (self._rows.get(name) for name in self._rows if json.loads(name)[0] == self._namespace)
+        documents = [(int(json.loads(row)["order"]), _document(row)) for row in rows if row is not None]
+        return sorted(documents, key=lambda pair: pair[0])
 
     def __iter__(self) -> Iterator[Document]:
         return (document for _, document in self._ordered())
@@ -97,9 +95,7 @@ class Corpus:
 
 
 def chunks_of(document: Document) -> list[Chunk]:
-    return [
-        Chunk(text, document.id, index, document.metadata) for index, text in enumerate(document.chunks)
-    ]
+    return [Chunk(text, document.id, index, document.metadata) for index, text in enumerate(document.chunks)]
 
 
 def _document(row: str) -> Document:

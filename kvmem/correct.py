@@ -38,14 +38,10 @@ class LocalCorrection:
     segments: the [start, end) of every approximate chunk.
     """
 
-    def __init__(
-        self, selected: Tensor, segments: Sequence[tuple[int, int]], settings: BlendSettings
-    ) -> None:
+    def __init__(self, selected: Tensor, segments: Sequence[tuple[int, int]], settings: BlendSettings) -> None:
         self._selected = selected
         self._blocks = [
-            block
-            for start, end in segments
-            if (block := _weigh(selected, start, end, settings)) is not None
+            block for start, end in segments if (block := _weigh(selected, start, end, settings)) is not None
         ]
         self._turns: dict[int, tuple[Turn, list[Turn]]] = {}
 

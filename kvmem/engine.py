@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,26 +14,26 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvmem.answer import Answer, Prefill, Source, Timings, Usage
+from kvmem.answer import Answer, Prefill, Timings, Usage
 from kvmem.blend import Repaired, repair
 from kvmem.compose import Composer, Resident, Stitched
 from kvmem.corpus import Corpus, chunks_of
-from kvmem.document import Chunk, Document, Metadata, as_document, split
-from kvmem.errors import ClosedError, EmptyInputError, InputError
+from kvmem.document import Document, Metadata, as_document
+from kvmem.errors import ClosedError, InputError
 from kvmem.generate import Sampling, generate
 from kvmem.model import LanguageModel
-from kvmem.plan import Plan, make_plan
-from kvmem.prompt import DEFAULT_SYSTEM, Frame, Span, make_frame, query_ids
+from kvmem.prompt import DEFAULT_SYSTEM, Span
+from kvmem.request import Context, Request, RequestBuilder
 from kvmem.retrieve import BM25Retriever, Retriever
 from kvmem.settings import BlendSettings, Settings
 from kvmem.store.base import Store, StoreStats
 from kvmem.store.disk import DiskStore
 from kvmem.store.memory import MemoryStore
 from kvmem.store.tiered import TieredStore
-from kvmem.stream import AnswerStream
+from kvmem.stream import AnswerStream, Listener
 
 T = TypeVar("T")
-Context = Iterable[Any] | None
+Spans = list[Span]  # inside KVMem, `list` is its method
 
 
 @dataclass(frozen=True)
@@ -45,24 +44,6 @@ class Stats:
     chunks: int
     tokens: int
     store: StoreStats
-
-
-@dataclass(frozen=True, eq=False)
-class _Request:
-    """A question, checked, with its prompt planned."""
-
-    started: float
-    frame: Frame
-    spans: tuple[Span, ...]
-    query: tuple[int, ...]
-    plan: Plan
-    sources: tuple[Source, ...]
-    blend: BlendSettings
-    prepared: float
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [t for span in (self.frame.prefix, *self.spans) for t in span.token_ids] + list(self.query)
 
 
 class KVMem:
@@ -93,10 +74,9 @@ class KVMem:
         self.model = self._open_model(model, tokenizer)
         self.retriever: Retriever = retriever or BM25Retriever()
         namespace = self.settings.namespace
-        self._system = self.settings.system if self.settings.system is not None else DEFAULT_SYSTEM
-        self._frames: dict[str, Frame] = {}
         self._corpus = Corpus(self.store, self.model, namespace, self.settings.split)
-        preamble = self._frame(DEFAULT_SYSTEM).prefix
+        self._requests = RequestBuilder(self.model, self._corpus, self.retriever, self.settings)
+        preamble = self._requests.frame(DEFAULT_SYSTEM).prefix
         self._composer = Composer(self.model, self.store, namespace, preamble)
         self._resident: Resident | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kvmem")
@@ -135,10 +115,10 @@ class KVMem:
         self._check_open()
         return self._corpus.get(id)
 
-    def list(self) -> list[Document]:
+    def list(self) -> Sequence[Document]:
         """All documents, in the order they were added."""
         self._check_open()
-        return [*self._corpus]
+        return tuple(self._corpus)
 
     def remove(self, id: str) -> None:  # noqa: A002
         """Remove a document and every cache of text that no other document has. Raises UnknownDocumentError."""
@@ -153,12 +133,12 @@ class KVMem:
 
     def _read(self, document: Document) -> None:
         """Bring the document's chunks into the store: in place behind the corpus while that fits the window."""
-        prefix = self._frame(self._system).prefix
+        prefix = self._requests.frame(None).prefix
         corpus = [self._corpus.span(chunk) for chunk in self._corpus.chunks()]
         if len(prefix) + sum(map(len, corpus)) + self.settings.max_tokens <= self.model.window:
             self._keep(self._stitch([prefix, *corpus]))
             return
-        run: list[Span] = []
+        run: Spans = []
         for span in (self._corpus.span(chunk) for chunk in chunks_of(document)):
             if run and len(prefix) + sum(map(len, run)) + len(span) > self.model.window:
                 self._keep(self._stitch([prefix, *run]))
@@ -237,10 +217,11 @@ class KVMem:
         )
         settings = self._blend(blend)
 
-        def work(emit: Callable[[str], None], cancelled: threading.Event) -> Answer:
+        def work(listener: Listener) -> Answer:
             with self.model.lock:
-                request = self._request(started, question, context, system, settings, sampling.max_tokens)
-                return self._answer(request, sampling, emit, cancelled)
+                request = self._requests.build(started, question, context, system, sampling.max_tokens)
+                listener.planned(request.plan, request.sources)
+                return self._answer(request, settings, sampling, listener)
 
         return AnswerStream(self._executor, work)
 
@@ -260,95 +241,36 @@ class KVMem:
         settings = self._blend(blend)
 
         def work() -> Prefill:
-            request = self._request(started, question, context, system, settings, self.settings.max_tokens)
-            stitched = self._stitch([request.frame.prefix, *request.spans], spare=len(request.query))
+            request = self._requests.build(started, question, context, system, self.settings.max_tokens)
+            stitched = self._stitch(request.prompt.spans, spare=len(request.prompt.query))
             after_stitch = time.perf_counter()
-            repaired = repair(self.model, stitched, request.query, request.blend, logits=True)
+            repaired = repair(self.model, stitched, request.prompt.query, settings, logits=True)
             self._resident = None  # the buffer is the caller's from here on
             ready = time.perf_counter()
             self._save(stitched)
             timings = self._timings(request, after_stitch, ready, ready)
-            usage = _usage(stitched, repaired, len(request.query), 0)
+            usage = _usage(stitched, repaired, len(request.prompt.query), 0)
             assert repaired.logits is not None  # noqa: S101
-            token_ids = torch.tensor(request.token_ids, dtype=torch.long)
+            token_ids = torch.tensor(request.prompt.token_ids, dtype=torch.long)
             return Prefill(token_ids, stitched.cache, repaired.logits, usage, request.plan, timings)
 
         return self._run(work)
 
-    def _request(
-        self,
-        started: float,
-        question: str,
-        context: Context,
-        system: str | None,
-        blend: BlendSettings,
-        answer_tokens: int,
-    ) -> _Request:
-        if not isinstance(question, str):
-            raise InputError(f"The question is a {type(question).__name__}. Give a str.")
-        if not question.strip():
-            raise EmptyInputError("The question is empty. Ask something.")
-        frame = self._frame(self._system if system is None else system)
-        chunks = self._corpus.chunks() if context is None else self._context_chunks(context)
-        if not chunks:
-            raise EmptyInputError(
-                "There is nothing to answer from: the corpus is empty. add() a document first, "
-                "or pass texts as context=[...]."
-            )
-        spans = [self._corpus.span(chunk) for chunk in chunks]
-        query = query_ids(self.model, frame, question)
-        scores: list[float] = []
-
-        def score() -> list[float]:
-            scores.extend(self.retriever.score(question, chunks))
-            return scores
-
-        plan = make_plan(
-            prefix=len(frame.prefix),
-            chunks=[len(span) for span in spans],
-            query=len(query),
-            answer=answer_tokens,
-            window=self.model.window,
-            scores=score,
-        )
-        sources = tuple(
-            Source(chunks[i].document_id, chunks[i].text, chunks[i].metadata, scores[i] if scores else None)
-            for i in plan.chunks
-        )
-        taken = tuple(spans[i] for i in plan.chunks)
-        return _Request(started, frame, taken, query, plan, sources, blend, time.perf_counter())
-
-    def _context_chunks(self, context: Iterable[Any]) -> list[Chunk]:
-        if isinstance(context, (str, bytes)):
-            raise InputError("context is one text. Give a list of texts or documents.")
-        chunks: list[Chunk] = []
-        for item in context:
-            document = as_document(item)
-            pieces = document.chunks or split(document.text, self.model.count_tokens, self.settings.split)
-            chunks += chunks_of(Document(document.id, document.text, document.metadata, pieces))
-        return chunks
-
-    def _answer(
-        self,
-        request: _Request,
-        sampling: Sampling,
-        emit: Callable[[str], None],
-        cancelled: threading.Event,
-    ) -> Answer:
-        spare = len(request.query) + sampling.max_tokens
-        stitched = self._stitch([request.frame.prefix, *request.spans], spare)
+    def _answer(self, request: Request, blend: BlendSettings, sampling: Sampling, listener: Listener) -> Answer:
+        spare = len(request.prompt.query) + sampling.max_tokens
+        stitched = self._stitch(request.prompt.spans, spare)
         after_stitch = time.perf_counter()
         # The last token is left to generate(), which needs one to begin with.
-        repaired = repair(self.model, stitched, request.query[:-1], request.blend, logits=False)
+        repaired = repair(self.model, stitched, request.prompt.query[:-1], blend, logits=False)
         after_repair = time.perf_counter()
-        generated = generate(self.model, stitched.cache, request.token_ids, sampling, emit, cancelled)
-        if request.blend.selector == "all":
+        generated = generate(self.model, stitched.cache, request.prompt.token_ids, sampling, listener)
+        if blend.selector == "all":
             stitched.exact_end = stitched.placed[-1].end
         self._keep(stitched)
         return Answer(
             text=generated.text.strip(),
             sources=request.sources,
-            usage=_usage(stitched, repaired, len(request.query), len(generated.token_ids)),
+            usage=_usage(stitched, repaired, len(request.prompt.query), len(generated.token_ids)),
             plan=request.plan,
             timings=self._timings(request, after_stitch, after_repair, generated.first_token),
             finish_reason=generated.finish_reason,
@@ -367,17 +289,10 @@ class KVMem:
         for entry in stitched.unsaved:
             self.store.put(entry)
 
-    def _frame(self, system: str) -> Frame:
-        if system not in self._frames:
-            self._frames[system] = make_frame(self.model, system)
-        return self._frames[system]
-
     def _blend(self, blend: BlendSettings | str | Mapping[str, Any] | None) -> BlendSettings:
         return self.settings.blend if blend is None else BlendSettings.parse(blend)
 
-    def _timings(
-        self, request: _Request, after_stitch: float, after_repair: float, first_token: float
-    ) -> Timings:
+    def _timings(self, request: Request, after_stitch: float, after_repair: float, first_token: float) -> Timings:
         return Timings(
             prepare=request.prepared - request.started,
             stitch=after_stitch - request.prepared,

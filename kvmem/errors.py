@@ -53,3 +53,8 @@ class StoreError(KVMemError):
 
 class ClosedError(KVMemError):
     """The object was closed."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its full stop, to be quoted in another message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")

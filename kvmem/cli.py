@@ -1,0 +1,146 @@
+"""The `kvmem` command."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from kvmem import Answer, KVMem, KVMemError
+
+app = typer.Typer(help="Ask questions over documents that the model has read once.", no_args_is_help=True)
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[str, typer.Option(envvar="KVMEM_MODEL", help="Hub id, directory, GGUF file or 'smollm2'.")]
+StorePath = Annotated[Path, typer.Option("--store", envvar="KVMEM_STORE", help="Where caches are kept.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")]
+Namespace = Annotated[str, typer.Option(envvar="KVMEM_NAMESPACE", help="Whose documents these are.")]
+DEFAULT_STORE = Path(".kvmem")
+
+
+@contextmanager
+def _opened(model: str, store: Path, threads: int | None, namespace: str) -> Iterator[KVMem]:
+    """An engine, with errors told in one line instead of a traceback."""
+    from transformers.utils import logging as transformers_logging
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    transformers_logging.disable_progress_bar()
+    try:
+        with (
+            err.status(f"Loading {model} …"),
+        ):
+            mem = KVMem(model, store, threads=threads, namespace=namespace)
+        with mem:
+            yield mem
+    except KVMemError as error:
+        err.print(f"[red]Error:[/red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def add(
+    paths: Annotated[list[Path], typer.Argument(help="Text files, or directories of .txt and .md files.")],
+    model: Model = "smollm2",
+    store: StorePath = DEFAULT_STORE,
+    threads: Threads = None,
+    namespace: Namespace = "default",
+) -> None:
+    """Read documents, once. A file that was read before is replaced; only what changed is read."""
+    with _opened(model, store, threads, namespace) as mem:
+        files = [file for path in paths for file in _expand(path)]
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=err) as progress:
+            task = progress.add_task("Reading", total=len(files))
+            for file in files:
+                progress.update(task, description=f"Reading {file.name}")
+                document = mem.add(file, id=file.as_posix())
+                out.print(f"{document.id}  {len(document.chunks)} chunks", highlight=False)
+                progress.advance(task)
+
+
+def _expand(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
+    return [path]
+
+
+@app.command()
+def ask(
+    question: str,
+    model: Model = "smollm2",
+    store: StorePath = DEFAULT_STORE,
+    threads: Threads = None,
+    namespace: Namespace = "default",
+    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
+    blend: Annotated[str, typer.Option(help="Selector: query, deviation, first_k, none or all.")] = "query",
+) -> None:
+    """Answer a question from the documents."""
+    with _opened(model, store, threads, namespace) as mem:
+        stream = mem.stream(question, max_tokens=max_tokens, blend=blend)
+        for piece in stream:
+            out.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
+        out.print()
+        answer = stream.answer
+        out.print(_sources(answer), style="cyan", highlight=False, markup=False, soft_wrap=True)
+        out.print(account(answer), style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def _sources(answer: Answer) -> str:
+    names = dict.fromkeys(source.document_id for source in answer.sources)
+    kind = "All documents were read" if answer.plan.mode == "whole" else f"Retrieved, as {answer.plan.reason}"
+    return f"{kind}: {', '.join(names)}"
+
+
+def account(answer: Answer) -> str:
+    """One line: tokens of each class, and the time to the first token."""
+    usage = answer.usage
+    return (
+        f"{usage.prompt} prompt tokens: {usage.exact} exact, {usage.reused} reused, "
+        f"{usage.recomputed} recomputed, {usage.computed} computed · "
+        f"first token after {answer.timings.first_token:.2f} s"
+    )
+
+
+@app.command()
+def stats(
+    model: Model = "smollm2",
+    store: StorePath = DEFAULT_STORE,
+    threads: Threads = None,
+    namespace: Namespace = "default",
+) -> None:
+    """What is kept: documents, chunks, tokens, entries, bytes."""
+    with _opened(model, store, threads, namespace) as mem:
+        found = mem.stats()
+        table = Table("documents", "chunks", "tokens", "entries", "on disk")
+        megabytes = f"{found.store.bytes / 1e6:.1f} MB"
+        row = (found.documents, found.chunks, found.tokens, found.store.entries)
+        table.add_row(*(str(n) for n in row), megabytes)
+        out.print(table)
+        for document in mem.list():
+            out.print(f"{document.id}  {len(document.chunks)} chunks", highlight=False)
+
+
+@app.command()
+def remove(
+    id: Annotated[str, typer.Argument(help="As `kvmem stats` shows it.")],  # noqa: A002
+    model: Model = "smollm2",
+    store: StorePath = DEFAULT_STORE,
+    threads: Threads = None,
+    namespace: Namespace = "default",
+) -> None:
+    """Remove a document and its caches."""
+    with _opened(model, store, threads, namespace) as mem:
+        mem.remove(id)
+        out.print(f"Removed {id}", highlight=False)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.documents import Document
+from langchain_core.runnables import RunnableLambda
+
+from kvmem import InputError, KVMem
+from langchain_kvmem import CachedContextChain
+
+DOCUMENTS = [
+    Document(page_content="The rent is due on the first day of the month.", metadata={"source": "lease"}, id="l"),
+    Document(page_content="The machine has two boilers.", metadata={"source": "manual"}, id="m"),
+]
+
+
+@pytest.fixture
+def chain(mem: KVMem) -> CachedContextChain:
+    return CachedContextChain.from_documents(DOCUMENTS, mem, max_tokens=12)
+
+
+def test_invoke_has_the_contract_of_a_retrieval_chain(chain: CachedContextChain) -> None:
+    """The input is passed on, context are documents with their metadata, the answer is text."""
+    result = chain.invoke({"input": "When is the rent due?", "other": 1})
+    assert list(result) == ["input", "other", "context", "answer"]
+    assert result["other"] == 1
+    assert [d.metadata["source"] for d in result["context"]] == ["lease", "manual"]
+    assert result["context"][0].metadata["document_id"] == "l"
+    assert result["answer"] == chain.mem.ask("When is the rent due?", max_tokens=12).text
+
+
+def test_streaming_comes_in_order_and_adds_up(chain: CachedContextChain) -> None:
+    """Input, then context, then pieces; their sum is what invoke returns."""
+    chunks = list(chain.stream({"input": "When?"}))
+    assert [next(iter(chunk)) for chunk in chunks[:3]] == ["input", "context", "answer"]
+    total: Any = None
+    for chunk in chunks:
+        total = chunk if total is None else total + chunk
+    invoked = chain.invoke({"input": "When?"})
+    assert total["answer"].strip() == invoked["answer"]
+    assert total["context"] == invoked["context"]
+
+
+async def test_async_gives_the_same(chain: CachedContextChain) -> None:
+    """ainvoke and astream equal their synchronous twins."""
+    expected = chain.invoke({"input": "When?"})
+    assert await chain.ainvoke({"input": "When?"}) == expected
+    chunks = [chunk async for chunk in chain.astream({"input": "When?"})]
+    assert "".join(chunk.get("answer", "") for chunk in chunks).strip() == expected["answer"]
+    assert chain.batch([{"input": "When?"}, {"input": "What?"}])[0] == expected
+
+
+def test_options_of_a_call_win(chain: CachedContextChain) -> None:
+    """Keyword arguments of invoke reach the engine."""
+    short = chain.invoke({"input": "When?"}, max_tokens=1)["answer"]
+    assert len(short) < len(chain.invoke({"input": "When?"})["answer"])
+
+
+def test_it_composes_and_is_traced_once(chain: CachedContextChain) -> None:
+    """In a sequence, callbacks see the chain start and end once."""
+
+    class Seen(BaseCallbackHandler):
+        def __init__(self) -> None:
+            self.events: list[str] = []
+
+        def on_chain_start(self, *args: Any, **kwargs: Any) -> None:
+            self.events.append(f"start {kwargs.get('name')}")
+
+        def on_chain_end(self, *args: Any, **kwargs: Any) -> None:
+            self.events.append("end")
+
+    seen = Seen()
+    pipeline = chain | RunnableLambda(lambda result: result["answer"].upper())
+    assert pipeline.invoke({"input": "When?"}, {"callbacks": [seen]}).isupper()
+    assert seen.events.count("start CachedContextChain") == 1
+    assert len(seen.events) == 6
+
+
+def test_wrong_input_is_an_error(chain: CachedContextChain) -> None:
+    """The message shows the mapping that is expected."""
+    for wrong in ("When?", {"question": "When?"}, {"input": 3}):
+        with pytest.raises(InputError, match='"input"'):
+            chain.invoke(wrong)  # type: ignore[arg-type]
+
+
+def test_from_texts(mem: KVMem) -> None:
+    """Texts with metadata become documents; a missing metadata is an error."""
+    chain = CachedContextChain.from_texts(["one text", "two texts"], mem, metadatas=[{"n": 1}, {"n": 2}])
+    assert [d.metadata["n"] for d in chain.invoke({"input": "What?"})["context"]] == [1, 2]
+    with pytest.raises(InputError, match="one for each"):
+        CachedContextChain.from_texts(["one"], mem, metadatas=[])

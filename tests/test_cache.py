@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvmem import LanguageModel
+from kvmem.attention import Step
+from kvmem.cache import BlendedCache
+from kvmem.entry import Context, EntryKey, digest_tokens
+from kvmem.testing import tiny_model
+
+IDS = torch.randint(3, 300, (60,), generator=torch.Generator().manual_seed(3))
+
+
+def full_logits(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.hf(ids[None]).logits[0]
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])
+def any_model(request: pytest.FixtureRequest) -> LanguageModel:
+    """A model with full attention, and one that alternates with a window shorter than the prompt."""
+    overrides = {"sliding_window": 16} if request.param == "gemma2" else {}
+    return tiny_model(request.param, **overrides)
+
+
+@pytest.mark.parametrize("cuts", [[60], [1, 59], [20, 20, 20], [59, 1]])
+def test_reading_in_pieces_equals_full_prefill(any_model: LanguageModel, cuts: list[int]) -> None:
+    """However a prompt is cut, appending its pieces gives the logits of reading it at once."""
+    cache = any_model.new_cache(1)
+    start = 0
+    for size in cuts:
+        logits = any_model.append(IDS[start : start + size].tolist(), cache, logits=True)
+        start += size
+    assert logits is not None
+    assert torch.allclose(logits, full_logits(any_model, IDS)[-1], atol=1e-4)
+    assert cache.length == cache.get_seq_length() == 60
+
+
+def test_any_subset_recomputed_over_an_exact_buffer_changes_nothing(any_model: LanguageModel) -> None:
+    """Exact rows are a fixed point of recomputing, layer by layer."""
+    cache = any_model.new_cache(60)
+    any_model.append(IDS.tolist(), cache)
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.blended]
+    positions = torch.tensor([0, 7, 8, 30, 59])
+    any_model.forward(IDS[positions], cache, Step(positions))
+    for layer, (keys, values) in zip(cache.blended, before, strict=True):
+        assert torch.allclose(layer.keys, keys, atol=1e-4)
+        assert torch.allclose(layer.values, values, atol=1e-4)
+
+
+def test_recomputing_everything_repairs_any_buffer(any_model: LanguageModel) -> None:
+    """Whatever was in the rows, recomputing all of them is full prefill."""
+    cache = any_model.new_cache(60)
+    for layer in cache.blended:
+        layer.keys.fill_(float("nan"))
+        layer.values.fill_(float("nan"))
+    logits = any_model.forward(IDS, cache, Step(torch.arange(60)), logits=True)
+    assert logits is not None
+    assert torch.allclose(logits, full_logits(any_model, IDS)[-1], atol=1e-4)
+
+
+def test_the_models_own_call_and_generate_continue_the_buffer(any_model: LanguageModel) -> None:
+    """The cache is a transformers cache: several tokens at once, or generate, go on as with DynamicCache."""
+    cache = any_model.new_cache(1)
+    any_model.append(IDS[:40].tolist(), cache)
+    with torch.no_grad():
+        logits = any_model.hf(IDS[None, 40:], past_key_values=cache, use_cache=True).logits[0]
+    assert torch.allclose(logits, full_logits(any_model, IDS)[40:], atol=1e-4)
+    assert cache.length == 60
+    cache.crop(1)
+    options = {"attention_mask": torch.ones(1, 60, dtype=torch.long), "max_new_tokens": 32, "do_sample": False}
+    ours = any_model.hf.generate(IDS[None], past_key_values=cache, **options)
+    theirs = any_model.hf.generate(IDS[None], past_key_values=DynamicCache(config=any_model.hf.config), **options)
+    assert torch.equal(ours, theirs)
+
+
+def test_re_rotated_keys_equal_those_computed_at_the_new_position(any_model: LanguageModel) -> None:
+    """A span read at one position and loaded at another has the keys of being read there."""
+    span = tuple(IDS[:20].tolist())
+    here, there = any_model.new_cache(20), any_model.new_cache(120)
+    any_model.append(span, here)
+    entry = here.entry(EntryKey("n", "m", Context().digest, digest_tokens(span)), span, 0, ())
+    with any_model._kvmem_attention():
+        moved = any_model.new_cache(120)
+        moved.load(entry, 100)
+    expected = keys_read_at(any_model, span, 100, there)
+    for layer, keys in zip(moved.blended, expected, strict=True):
+        assert torch.allclose(layer.keys[0, :, 100:120], keys, atol=1e-4)
+
+
+def keys_read_at(model: LanguageModel, span: tuple[int, ...], start: int, cache: BlendedCache) -> list[torch.Tensor]:
+    """The keys of `span` by the model itself, its positions beginning at `start` and nothing before it."""
+    reading = DynamicCache(config=model.hf.config)
+    positions = torch.arange(start, start + len(span))[None]
+    mask = torch.ones(len(span), len(span), dtype=torch.bool).tril()
+    window = next((g.window for g in model.anatomy.groups if g.window is not None), None)
+    if window is None:
+        masks: object = mask[None, None]
+    else:
+        near = mask & ~torch.ones_like(mask).tril(-window)
+        masks = {"full_attention": mask[None, None], "sliding_attention": near[None, None]}
+    if not isinstance(masks, dict):
+        options = {"attention_mask": masks}
+    else:
+        floats = {k: torch.where(m, 0.0, float("-inf")) for k, m in masks.items()}
+        options = {"attention_mask": floats}
+    recorded: list[torch.Tensor] = []
+    original = reading.update
+
+    def update(keys: torch.Tensor, values: torch.Tensor, layer: int, *args: object, **kwargs: object) -> object:
+        recorded.append(keys[0].clone())
+        return original(keys, values, layer, *args, **kwargs)
+
+    reading.update = update  # type: ignore[method-assign]
+    with torch.no_grad():
+        model.hf.base_model(
+            torch.tensor([span]), position_ids=positions, past_key_values=reading, use_cache=True, **options
+        )
+    return recorded
+
+
+def test_growing_keeps_the_rows(model: LanguageModel) -> None:
+    """More tokens than the capacity are taken, and earlier rows stay."""
+    cache = model.new_cache(4)
+    model.append(IDS[:4].tolist(), cache)
+    first = copy.deepcopy(cache.blended[0].keys[:, :, :4])
+    model.append(IDS[4:40].tolist(), cache)
+    assert cache.capacity >= 40
+    assert torch.equal(cache.blended[0].keys[:, :, :4], first)
+
+
+def test_the_model_keeps_its_own_attention_outside_our_forwards(model: LanguageModel) -> None:
+    """Nothing stays switched, even when a forward fails."""
+    before = model.hf.config._attn_implementation
+    cache = model.new_cache(2)
+    with pytest.raises(IndexError):
+        model.forward(torch.tensor([10**6, 1]), cache, Step(torch.arange(2)))
+    assert model.hf.config._attn_implementation == before
+    assert all(layer.step is None for layer in cache.blended)

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvmem.cli import app
+from kvmem.testing import tiny_model
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model as a directory, as a user would have one."""
+    directory = tmp_path_factory.mktemp("model")
+    model = tiny_model()
+    model.hf.save_pretrained(directory)
+    model.tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def run(saved_model: str, store: Path, *arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [*arguments, "--model", saved_model, "--store", str(store)])
+    return result.exit_code, result.output
+
+
+def test_add_ask_stats_remove(saved_model: str, tmp_path: Path) -> None:
+    """The four commands in the order of a first session, each its own process as far as the store knows."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").write_text("# Rent\n\nThe rent is due on Monday.")
+    (tmp_path / "docs" / "b.txt").write_text("Boilers make steam.")
+    (tmp_path / "docs" / "c.png").write_bytes(b"\x89PNG")
+    store = tmp_path / "kv"
+    code, output = run(saved_model, store, "add", str(tmp_path / "docs"))
+    assert code == 0, output
+    assert "a.md  1 chunks" in output.replace("\n", "")
+    assert "c.png" not in output
+    code, output = run(saved_model, store, "ask", "When is the rent due?", "--max-tokens", "4")
+    assert code == 0, output
+    assert "a.md" in output
+    assert " exact" in output
+    assert "first token after" in output
+    code, output = run(saved_model, store, "stats")
+    assert code == 0
+    assert "MB" in output
+    document = str(tmp_path / "docs" / "a.md")
+    assert run(saved_model, store, "remove", document)[0] == 0
+    code, output = run(saved_model, store, "stats")
+    assert "a.md" not in output
+    assert "b.txt" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ask", "What?"], "add()"),
+        (["remove", "nothing"], "Known ids"),
+        (["add", "missing.txt"], "missing.txt"),
+        (["ask", "What?", "--blend", "best"], "selector"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_1(
+    saved_model: str, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    """No traceback: the error's message, which says what to do."""
+    code, output = run(saved_model, tmp_path / "kv", *arguments)
+    assert code == 1
+    assert "Error:" in output
+    assert message in output
+    assert "Traceback" not in output

@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import open_mem
+
+import kvmem
+from kvmem import KVMem, LanguageModel, Prefill
+from kvmem.testing import same_entry, tiny_model
+
+TEXTS = [
+    "The lease begins in April. The rent is due on the first day of each month, in advance.",
+    "The machine has two boilers. One is for brewing and the other one is for steam.",
+    "The pager rings at night. Acknowledge within five minutes, then look at the dashboard.",
+]
+
+
+def full_logits(model: LanguageModel, prefill: Prefill) -> torch.Tensor:
+    """The oracle: the model alone, reading the same tokens at once."""
+    with torch.no_grad():
+        logits: torch.Tensor = model.hf(prefill.token_ids[None]).logits[0, -1]
+        return logits.float()
+
+
+@contextmanager
+def counting(model: LanguageModel) -> Iterator[dict[str, int]]:
+    """Counts the tokens that enter the model, and tokens times layers."""
+    counts = {"tokens": 0, "layer_tokens": 0}
+
+    def embedded(_: Any, __: Any, output: torch.Tensor) -> None:
+        counts["tokens"] += output.shape[1]
+
+    handles = [model.hf.get_input_embeddings().register_forward_hook(embedded)]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def any_model(request: pytest.FixtureRequest) -> LanguageModel:
+    return tiny_model(request.param)
+
+
+def test_exact_hits_equal_full_prefill(any_model: LanguageModel, tmp_path: Path) -> None:
+    """Read, asked again, and asked after a restart: always the logits of full prefill."""
+    with open_mem(any_model, tmp_path / "kv") as mem:
+        for text in TEXTS:
+            mem.add(text)
+        first = mem.prefill("What is due in advance?")
+        assert first.usage.exact + first.usage.computed == first.usage.prompt
+        assert torch.allclose(first.logits, full_logits(any_model, first), atol=1e-3)
+    with open_mem(any_model, tmp_path / "kv") as mem:
+        again = mem.prefill("What is due in advance?")
+        assert again.usage == first.usage
+        assert again.usage.exact == again.usage.prompt - again.usage.computed > 100
+        assert torch.allclose(again.logits, full_logits(any_model, again), atol=1e-3)
+
+
+def test_all_equals_full_prefill_in_any_order(any_model: LanguageModel, tmp_path: Path) -> None:
+    """Stitched from other contexts and recomputed as a whole, the state is that of full prefill."""
+    with open_mem(any_model, tmp_path / "kv") as mem:
+        mem.prefill("Which?", context=TEXTS)
+        moved = mem.prefill("Which one is for steam?", context=TEXTS[::-1], blend="all")
+        assert moved.usage.recomputed > 100
+        assert moved.usage.reused == 0
+        assert torch.allclose(moved.logits, full_logits(any_model, moved), atol=1e-3)
+
+
+def test_greedy_tokens_equal_those_of_generate(any_model: LanguageModel, tmp_path: Path) -> None:
+    """32 greedy tokens after an exact hit are those of transformers' generate on the same ids."""
+    with open_mem(any_model, tmp_path / "kv", max_tokens=32) as mem:
+        for text in TEXTS:
+            mem.add(text)
+        prefill = mem.prefill("What is due?")
+        expected = any_model.hf.generate(
+            prefill.token_ids[None],
+            attention_mask=torch.ones_like(prefill.token_ids)[None],
+            max_new_tokens=32,
+            do_sample=False,
+            eos_token_id=2,
+        )[0, len(prefill.token_ids) :]
+        answer = mem.ask("What is due?")
+        assert answer.text == any_model.tokenizer.decode(expected, skip_special_tokens=True).strip()
+        assert answer.usage.generated == len(expected)
+
+
+def test_repair_moves_towards_full_prefill(tmp_path: Path) -> None:
+    """On average over questions, the default is closer to full prefill than reuse without repair."""
+    model = tiny_model("qwen3")
+    divergence = {"none": 0.0, "query": 0.0}
+    with open_mem(model, tmp_path / "kv") as mem:
+        mem.prefill("?", context=TEXTS)
+        for question in ("Which is for steam?", "What begins in April?", "When does it ring?"):
+            for selector in divergence:
+                blend = {"selector": selector, "recompute": 0.2}
+                blended = mem.prefill(question, context=TEXTS[::-1], blend=blend)
+                truth = full_logits(model, blended).log_softmax(-1)
+                divergence[selector] += float((truth.exp() * (truth - blended.logits.log_softmax(-1))).sum())
+    assert divergence["query"] < 0.7 * divergence["none"]
+
+
+@pytest.mark.parametrize("selector", ["none", "query", "deviation", "first_k", "all"])
+def test_usage_is_disjoint_and_counts_what_was_forwarded(mem: KVMem, model: LanguageModel, selector: str) -> None:
+    """The four classes add up to the prompt, and as many tokens as claimed enter the model."""
+    mem.prefill("Which?", context=TEXTS)
+    with counting(model) as counts:
+        prefill = mem.prefill("Which one is it?", context=TEXTS[::-1], blend=selector)
+    usage = prefill.usage
+    assert usage.prompt == len(prefill.token_ids)
+    assert usage.forwarded == counts["tokens"]
+
+
+def test_a_warm_ask_forwards_only_query_and_recomputed_tokens(mem: KVMem, model: LanguageModel) -> None:
+    """Chunks reused elsewhere cost the recomputed tokens; the question is read once, and once more to score."""
+    mem.prefill("Which?", context=TEXTS)
+    with counting(model) as counts:
+        answer = mem.ask("Which one is it?", context=TEXTS[::-1], max_tokens=1)
+    usage = answer.usage
+    assert usage.recomputed > 0
+    scoring = usage.computed - 1
+    assert counts["tokens"] == usage.computed + usage.recomputed + scoring == usage.forwarded
+    with counting(model) as counts:
+        answer = mem.ask("Which one is it?", context=TEXTS, max_tokens=1)
+    assert counts["tokens"] == answer.usage.computed < 60
+
+
+def test_stored_entries_stay_byte_identical(mem: KVMem, tmp_path: Path) -> None:
+    """Asking twice, blended and exact, writes to no stored entry."""
+    for text in TEXTS:
+        mem.add(text)
+    mem.ask("Which?", context=TEXTS[::-1])
+    before = {p: p.read_bytes() for p in (tmp_path / "kv" / "entries").rglob("*.safetensors")}
+    entries = {key: mem.store.get(key) for key in list(mem.store.keys())}
+    for _ in range(2):
+        mem.ask("Which one?", context=TEXTS[::-1])
+        mem.ask("Which one?")
+    assert {p: p.read_bytes() for p in before} == before
+    for key, entry in entries.items():
+        now = mem.store.get(key)
+        assert entry is not None
+        assert now is not None
+        assert same_entry(entry, now)
+
+
+def test_the_answer_to_a_question_does_not_depend_on_earlier_ones(mem: KVMem) -> None:
+    """A blended answer is the same with a warm buffer, with a cold one, and after another question."""
+    mem.prefill("?", context=TEXTS)
+    first = mem.prefill("Which is for steam?", context=TEXTS[::-1])
+    mem.ask("When does the pager ring?", context=TEXTS[::-1])
+    second = mem.prefill("Which is for steam?", context=TEXTS[::-1])
+    assert torch.equal(first.logits, second.logits)
+
+
+def test_a_prefill_belongs_to_the_caller(mem: KVMem) -> None:
+    """Later questions neither change nor use a prefill's cache, and the model can go on from it."""
+    for text in TEXTS:
+        mem.add(text)
+    prefill = mem.prefill("Which?")
+    kept = prefill.cache.blended[1].keys[:, :, : prefill.cache.length].clone()
+    mem.ask("What else?")
+    assert torch.equal(prefill.cache.blended[1].keys[:, :, : prefill.cache.length], kept)
+    with torch.no_grad():
+        out = mem.model.hf(torch.tensor([[5]]), past_key_values=prefill.cache, use_cache=True).logits[0, -1]
+        ids = torch.cat([prefill.token_ids, torch.tensor([5])])
+        assert torch.allclose(out, mem.model.hf(ids[None]).logits[0, -1], atol=1e-3)
+
+
+def test_documents_survive_a_restart_and_can_be_replaced_and_removed(model: LanguageModel, tmp_path: Path) -> None:
+    """add, get, list, remove; a replacement keeps its place and reads only what is new."""
+    with open_mem(model, tmp_path / "kv") as mem:
+        for number, text in enumerate(TEXTS):
+            mem.add(text, id=f"d{number}", metadata={"n": number})
+    with open_mem(model, tmp_path / "kv") as mem:
+        assert [d.id for d in mem.list()] == ["d0", "d1", "d2"]
+        assert mem.get("d1").text == TEXTS[1]
+        assert mem.get("d1").metadata == {"n": 1}
+        with counting(model) as counts:
+            mem.add(TEXTS[1], id="d1")
+        assert counts["tokens"] == 0
+        with counting(model) as counts:
+            mem.add(TEXTS[2] + " Then write it down.", id="d2")
+        assert 0 < counts["tokens"] < 120
+        entries = mem.stats().store.entries
+        mem.remove("d0")
+        assert [d.id for d in mem.list()] == ["d1", "d2"]
+        assert mem.stats().store.entries < entries
+        answer = mem.ask("What is it?")
+        assert {source.document_id for source in answer.sources} == {"d1", "d2"}
+        assert mem.store.check() == []
+
+
+def test_removing_a_document_frees_every_cache_of_it(mem: KVMem) -> None:
+    """When the last document is gone, only the prefix is kept."""
+    for number, text in enumerate(TEXTS):
+        mem.add(text, id=str(number))
+    mem.ask("Which?", context=[mem.get("2"), mem.get("0")])
+    for number in range(3):
+        mem.remove(str(number))
+    assert mem.stats().store.entries == 1
+    assert mem.stats().documents == 0
+
+
+def test_namespaces_do_not_see_each_other(model: LanguageModel, tmp_path: Path) -> None:
+    """Neither documents nor entries of another namespace are found."""
+    with open_mem(model, tmp_path / "kv", namespace="a") as mem:
+        mem.add(TEXTS[0], id="secret")
+    with open_mem(model, tmp_path / "kv", namespace="b") as mem:
+        assert list(mem.list()) == []
+        with pytest.raises(kvmem.UnknownDocumentError):
+            mem.get("secret")
+        mem.add(TEXTS[0], id="own")
+        assert mem.ask("What?").usage.exact > 0
+
+
+def test_overflow_falls_back_to_retrieval_and_says_so(tmp_path: Path) -> None:
+    """A corpus beyond the window: chunks that fit are chosen by BM25, with the excess in the reason."""
+    model = tiny_model(max_position_embeddings=700)
+    with open_mem(model, tmp_path / "kv", max_tokens=20) as mem:
+        for number in range(12):
+            mem.add(f"Note {number}: the colour of room {number} is shade{number}, says the painter.", id=f"n{number}")
+        answer = mem.ask("What is the colour shade7 in the notes?")
+        assert answer.plan.mode == "retrieve"
+        assert str(answer.plan.over) in answer.plan.reason
+        assert answer.plan.over > 0
+        assert answer.plan.prompt_tokens + 20 <= 700
+        assert answer.usage.prompt == answer.plan.prompt_tokens
+        best = max(answer.sources, key=lambda s: s.score or 0.0)
+        assert best.document_id == "n7"
+
+
+def test_streaming_gives_the_answer_in_pieces(mem: KVMem) -> None:
+    """Pieces concatenate to the answer; plan and sources are known before the end."""
+    mem.add(TEXTS[0])
+    stream = mem.stream("What is due?", max_tokens=20)
+    assert stream.plan.mode == "whole"
+    assert len(stream.sources) == 2
+    text = "".join(stream)
+    assert text.strip() == stream.answer.text == mem.ask("What is due?", max_tokens=20).text
+    timings = stream.answer.timings
+    assert 0 < timings.prepare + timings.stitch + timings.repair <= timings.first_token <= timings.total
+
+
+def test_stop_strings_and_max_tokens_and_temperature_take_effect(mem: KVMem) -> None:
+    """Text ends before the stop string; seeds repeat; a hot sample differs from greedy."""
+    mem.add(TEXTS[0])
+    greedy = mem.ask("What is due?", max_tokens=30)
+    assert greedy.usage.generated <= 30
+    stop = greedy.text[4:6]
+    stopped = mem.ask("What is due?", max_tokens=30, stop=[stop])
+    assert stop not in stopped.text
+    assert greedy.text.startswith(stopped.text)
+    assert stopped.finish_reason == "stop"
+    assert mem.ask("What is due?", max_tokens=3).finish_reason == "length"
+    hot = [mem.ask("What is due?", max_tokens=30, temperature=5.0, seed=seed).text for seed in (1, 1, 2)]
+    assert hot[0] == hot[1]
+    assert len({greedy.text, *hot}) == 3
+
+
+def test_closing_a_stream_early_frees_the_engine(mem: KVMem) -> None:
+    """The rest is not generated, and the next question is answered."""
+    mem.add(TEXTS[0])
+    with mem.stream("What is due?", max_tokens=3000) as stream:
+        next(stream)
+    assert stream.answer.finish_reason == "cancelled"
+    assert stream.answer.usage.generated < 2000
+    assert mem.ask("What is due?").usage.generated > 0
+
+
+def test_many_threads_may_ask(mem: KVMem) -> None:
+    """Concurrent questions are answered as one after the other would be."""
+    mem.add(TEXTS[0])
+    expected = [mem.ask(f"What is {n}?").text for n in range(4)]
+    found: dict[int, str] = {}
+    threads = [
+        threading.Thread(target=lambda n=n: found.__setitem__(n, mem.ask(f"What is {n}?").text)) for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[n] for n in range(4)] == expected
+
+
+def test_a_damaged_entry_is_read_again(model: LanguageModel, tmp_path: Path) -> None:
+    """A corrupt file is never used: the answer is as before, and the store is whole afterwards."""
+    with open_mem(model, tmp_path / "kv") as mem:
+        for text in TEXTS:
+            mem.add(text)
+        before = mem.prefill("What is due?")
+    files = sorted((tmp_path / "kv" / "entries").rglob("*.safetensors"))
+    for file in files[::2]:
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 0xFF
+        file.write_bytes(data)
+    with open_mem(model, tmp_path / "kv") as mem:
+        after = mem.prefill("What is due?", blend="all")
+        assert torch.allclose(after.logits, before.logits, atol=1e-3)
+        assert mem.store.check() == []
+
+
+ERRORS: list[tuple[type[kvmem.KVMemError], str, Any]] = [
+    (kvmem.EmptyInputError, "add", lambda mem, tmp: mem.ask("What?")),
+    (kvmem.EmptyInputError, "Ask", lambda mem, tmp: (mem.add("text"), mem.ask("  "))),
+    (kvmem.InputError, "str", lambda mem, tmp: (mem.add("text"), mem.ask(3))),
+    (kvmem.PromptTooLongError, "Shorten", lambda mem, tmp: (mem.add("text"), mem.ask("long " * 2000))),
+    (kvmem.UnknownDocumentError, "Known ids: 'a'", lambda mem, tmp: (mem.add("text", id="a"), mem.remove("b"))),
+    (kvmem.EmptyInputError, "Give a text", lambda mem, tmp: mem.add(" \n")),
+    (kvmem.InputError, "LangChain", lambda mem, tmp: mem.add(7)),
+    (kvmem.InputError, "JSON", lambda mem, tmp: mem.add("text", metadata={"a": object()})),
+    (kvmem.InputError, "UTF-8", lambda mem, tmp: mem.add(tmp / "missing.txt")),
+    (kvmem.InputError, "list of texts", lambda mem, tmp: mem.ask("What?", context="one text")),
+    (kvmem.InputError, "selector", lambda mem, tmp: mem.ask("What?", blend="best")),
+    (kvmem.InputError, "recompute", lambda mem, tmp: mem.ask("What?", blend={"recompute": 1.5})),
+    (kvmem.InputError, "max_tokens", lambda mem, tmp: mem.ask("What?", max_tokens=0)),
+    (kvmem.InputError, "temperature", lambda mem, tmp: mem.ask("What?", temperature=-1)),
+    (kvmem.InputError, "namespace", lambda mem, tmp: KVMem(mem.model, None, namespace="")),
+    (kvmem.InputError, "kvmem.settings", lambda mem, tmp: KVMem(mem.model, None, treads=2)),
+    (kvmem.InputError, "tokenizer", lambda mem, tmp: KVMem(mem.model.hf, None)),
+    (kvmem.ModelNotFoundError, "existing directory", lambda mem, tmp: KVMem(str(tmp / "nowhere"))),
+    (kvmem.ModelNotFoundError, "hub id", lambda mem, tmp: KVMem("nobody/no-such-model")),
+    (kvmem.ModelNotFoundError, "its directory", lambda mem, tmp: KVMem(str(Path(__file__)))),
+    (kvmem.StoreError, "directory", lambda mem, tmp: KVMem(mem.model, Path(__file__))),
+    (kvmem.ClosedError, "Open a new one", lambda mem, tmp: (mem.close(), mem.ask("What?"))),
+]
+
+
+@pytest.mark.parametrize(("kind", "advice", "act"), ERRORS, ids=[f"{e[0].__name__}-{e[1]}" for e in ERRORS])
+def test_bad_input_gives_an_error_that_says_what_to_do(
+    mem: KVMem, tmp_path: Path, kind: type[kvmem.KVMemError], advice: str, act: Any
+) -> None:
+    """Each mistake has its own error, and its message names the way out."""
+    with pytest.raises(kind, match=advice):
+        act(mem, tmp_path)

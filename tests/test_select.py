@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvmem.correct import LocalCorrection, _weigh
+from kvmem.select import SELECTORS, Candidates, select
+from kvmem.settings import BlendSettings
+from kvmem.testing import tiny_model
+
+SEGMENTS = ((10, 50), (50, 51), (60, 119))
+
+
+def candidates(attention: torch.Tensor | None = None, deviation: torch.Tensor | None = None) -> Candidates:
+    def missing() -> torch.Tensor:
+        raise AssertionError("this selector needs no measurement")
+
+    return Candidates(
+        SEGMENTS,
+        missing if attention is None else lambda: attention,
+        missing if deviation is None else lambda: deviation,
+        torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize("selector", sorted(SELECTORS))
+@pytest.mark.parametrize("recompute", [0.0, 0.01, 0.1, 0.5, 1.0])
+def test_selectors_choose_their_budget_inside_the_segments(selector: str, recompute: float) -> None:
+    """Positions are distinct, ascending, approximate, and no more than the budget."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = select(
+        candidates(torch.rand(130, generator=generator), torch.rand(100, generator=generator)),
+        BlendSettings(selector=selector, recompute=recompute),  # type: ignore[arg-type]
+    )
+    expected = {"none": 0, "all": 100}.get(selector, int(recompute * 100))
+    assert len(chosen) == expected
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    assert set(chosen.tolist()) <= {p for a, b in SEGMENTS for p in range(a, b)}
+
+
+def test_query_takes_what_the_question_attends_to_and_spreads_the_rest() -> None:
+    """Three quarters are the most attended; the others fall into every long segment."""
+    attention = torch.zeros(130)
+    attention[20:35] = 1.0
+    attention[0:10] = 5.0  # not a candidate
+    chosen = select(candidates(attention), BlendSettings(recompute=0.2)).tolist()
+    assert set(range(20, 35)) <= set(chosen)
+    rest = set(chosen) - set(range(20, 35))
+    assert any(p < 50 for p in rest)
+    assert any(p >= 60 for p in rest)
+
+
+def test_deviation_takes_the_most_deviating_and_first_k_the_beginnings() -> None:
+    """The two baselines do what their papers say."""
+    deviation = torch.arange(100.0)
+    chosen = select(candidates(deviation=deviation), BlendSettings(selector="deviation", recompute=0.1))
+    assert chosen.tolist() == list(range(109, 119))
+    chosen = select(candidates(), BlendSettings(selector="first_k", recompute=0.09))
+    assert chosen.tolist() == [10, 11, 12, 13, 50, 60, 61, 62, 63]
+
+
+def test_the_correction_is_on_for_query_only_unless_it_is_set() -> None:
+    """Published baselines stay plain; a setting switches it on or off."""
+    assert BlendSettings().corrects
+    assert not BlendSettings(selector="deviation").corrects
+    assert BlendSettings(selector="deviation", correction=True).corrects
+    assert not BlendSettings(correction=False).corrects
+    assert not BlendSettings(selector="all", correction=True).corrects
+
+
+def test_weights_decay_shrink_and_spare_the_samples() -> None:
+    """Rows near a sample move most, sampled rows not at all, far rows not at all."""
+    block = _weigh(torch.tensor([5, 100, 110, 700]), 90, 600, BlendSettings(reach=20.0, shrinkage=2.0))
+    assert block is not None
+    assert (block.first, block.last) == (1, 3)
+    strength = block.weights.sum(dim=1)
+    assert strength[10] == strength[20] == 0.0
+    assert strength[11] > strength[60] > strength[90] > 0.0
+    assert strength.max() < 0.5
+    assert strength[300:].max() == 0.0
+    assert _weigh(torch.tensor([5]), 90, 600, BlendSettings()) is None
+
+
+def test_a_uniform_change_is_carried_to_the_neighbours_in_the_keys_own_frame() -> None:
+    """If all rows were to change alike before rotation, the correction moves unsampled rows in that direction."""
+    model = tiny_model()
+    cache = model.new_cache(64)
+    layer = cache.blended[1]
+    rope = layer.group.rope
+    assert rope is not None
+    layer.keys.zero_()
+    layer.values.zero_()
+    selected = torch.arange(0, 64, 4)
+    change = torch.randn(2, 1, 16)
+    rotated = rope.turn(selected).apply(change.expand(2, len(selected), 16))
+    values = torch.randn(2, 1, 16).expand(2, len(selected), 16)
+    LocalCorrection(selected, [(0, 64)], BlendSettings(shrinkage=1e-6)).apply(layer, rotated[None], values[None])
+    others = torch.tensor([p for p in range(64) if p % 4])
+    unrotated = rope.turn(others).inverse().apply(layer.keys[0][:, others])
+    assert torch.allclose(unrotated, change.expand(2, len(others), 16), atol=1e-3)
+    assert torch.allclose(layer.values[0][:, others], values[:, :1].expand(2, len(others), 16), atol=1e-3)
+    assert layer.keys[0][:, selected].abs().max() == 0.0
+
+
+def test_layer_zero_is_never_corrected() -> None:
+    """Its keys and values depend on the token alone."""
+    model = tiny_model()
+    layer = model.new_cache(8).blended[0]
+    layer.keys.zero_()
+    new = torch.ones(1, 2, 1, 16)
+    LocalCorrection(torch.tensor([3]), [(0, 8)], BlendSettings()).apply(layer, new, new)
+    assert layer.keys.abs().max() == 0.0
