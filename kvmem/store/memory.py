@@ -38,7 +38,9 @@ class MemoryStore:
     def put(self, entry: KVEntry) -> bool:
         size = entry.nbytes
         with self._lock:
-            self._drop(entry.key.digest)
+            if entry.key.digest in self._entries:
+                self._entries.move_to_end(entry.key.digest)
+                return True
             if self.max_bytes is not None and size > self.max_bytes:
                 return False
             while self.max_bytes is not None and self._bytes + size > self.max_bytes:

@@ -1,0 +1,91 @@
+"""What the benchmarks share: questions, the machine, statistics, JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from kvmem.errors import InputError
+from kvmem.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its passages, in the order given."""
+
+    question: str
+    passages: tuple[str, ...]
+    answers: tuple[str, ...]
+
+
+def load_questions(path: Path) -> list[Question]:
+    """Questions in MuSiQue's format: `[{"ctxs": [{"title", "text"}], "question", "answers"}]`. Raises InputError."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        questions = []
+        for row in rows:
+            passages = [f"{c.get('title', '')}\n{c['text']}".strip() for c in row["ctxs"]]
+            questions.append(Question(row["question"], tuple(passages), tuple(row.get("answers", ()))))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f'{path} does not hold questions: {error!r}. Give JSON such as [{{"ctxs": [{{"title": "", "text": "…"}}], '
+            '"question": "…", "answers": ["…"]}].'
+        ) from error
+    return questions
+
+
+def describe(model: LanguageModel, **settings: Any) -> dict[str, Any]:
+    """What a result must say about where it comes from."""
+    return {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "machine": {"cpu": _cpu(), "cores": torch.multiprocessing.cpu_count(), "system": platform.system()},
+        "versions": {name: version(name) for name in ("kvmem", "torch", "transformers")},
+        "python": platform.python_version(),
+        "settings": settings,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def bootstrap(
+    values: Sequence[float], statistic: Callable[[np.ndarray[Any, Any]], float], seed: int, rounds: int = 10_000
+) -> tuple[float, float]:
+    """The 95% percentile bootstrap interval of `statistic` over examples (Efron, 1979)."""
+    array = np.asarray(values)
+    draws = np.random.default_rng(seed).integers(0, len(array), (rounds, len(array)))
+    found = [statistic(array[draw]) for draw in draws]
+    low, high = np.percentile(found, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def track(items: Sequence[Any], description: str) -> Iterable[Any]:
+    """`items` with a progress bar on stderr."""
+    from rich.console import Console
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        yield from progress.track(items, description=description)
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
