@@ -70,6 +70,13 @@ def examine(model: LanguageModel) -> Anatomy:
     return Anatomy(built, not reason, reason or "keys follow rotary position embedding")
 
 
+def length_dependent_rope(hf: Any) -> bool:
+    """Whether the frequencies of the rotary embedding depend on the prompt's length (dynamic NTK, LongRoPE)."""
+    parameters = getattr(hf.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
+
+
 def _ordinary_token(model: LanguageModel) -> int:
     """A token that is neither padding nor control: embeddings of padding may be zero, and tell nothing."""
     return int(model.hf.config.get_text_config().vocab_size) // 3
@@ -117,6 +124,8 @@ def _fit(origin: Tensor, moved: list[tuple[int, Tensor]], candidates: list[Rope]
 
 def _obstacle(model: LanguageModel, ropes: list[Rope | None], groups: tuple[LayerGroup, ...]) -> str:
     """Why the model's caches cannot be moved and repaired; empty if they can."""
+    if length_dependent_rope(model.hf):
+        return "its rotary position embedding changes with the length of the prompt"
     if any(rope is _UNKNOWN for rope in ropes):
         return "its keys do not follow one rotary position embedding over the whole window"
     layer_types = set(getattr(model.hf.config.get_text_config(), "layer_types", None) or ())

@@ -22,7 +22,7 @@ class Usage:
     exact: reused, bit for bit what the model computed for these very tokens in this very context.
     reused: taken from another context, moved here, not recomputed.
     recomputed: taken from another context, then computed again in this one.
-    computed: not in the store, or the question itself.
+    computed: read now because it was not in the store, or the question itself.
     generated: tokens of the answer.
     forwarded: all tokens that went through the model before generation, those twice that went twice
         (the question is read once more to find what it attends to).
@@ -58,9 +58,11 @@ class Timings:
 
 @dataclass(frozen=True)
 class Source:
-    """A chunk that was in the prompt. score: the retriever's, None when everything fitted."""
+    """A chunk that was in the prompt. index: its place in the document, from 0. score: the retriever's, None when
+    everything fitted."""
 
     document_id: str
+    index: int
     text: str
     metadata: Metadata
     score: float | None = None
@@ -68,7 +70,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Answer:
-    """text: the answer. sources: the chunks in the prompt, in order. plan: how they were chosen.
+    """text: the answer, as it was streamed. sources: the chunks in the prompt, in order. plan: how they were chosen.
 
     finish_reason: "stop" at the model's own end or a stop string, "length" at max_tokens, "cancelled" when
     the stream was closed early.

@@ -60,8 +60,15 @@ class Step:
             blocks.append(Block(first, last, low, host[last - 1] + 1))
         if sum((b.last - b.first) * (b.high - b.low) for b in blocks) <= MASK_BYTES:
             for block in blocks:
-                block.mask = block.make_mask(self.positions, window)
+                mask = block.make_mask(self.positions, window)
+                # The CPU kernel would turn a bool mask into an additive one in every layer.
+                block.mask = _additive(mask) if self.backend == "sdpa" and mask.device.type == "cpu" else mask
         return blocks
+
+
+def _additive(mask: Tensor) -> Tensor:
+    """float32: 0 where the row may attend, else -inf."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
 @dataclass(eq=False)
@@ -72,7 +79,7 @@ class Block:
     last: int
     low: int
     high: int
-    mask: Tensor | None = None
+    mask: Tensor | None = None  # bool, or float32 to be added
 
     def make_mask(self, positions: Tensor, window: int | None) -> Tensor:
         """bool [rows, keys], True where the row may attend."""
@@ -153,7 +160,7 @@ def _explicit(
     logits = logits.mul_(scale).reshape(kv_heads, groups, m, -1)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill_(~mask, float("-inf"))
+    logits = logits.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else logits.add_(mask)
     if sinks is not None:
         column = sinks.float().reshape(kv_heads, groups, 1, 1).expand(-1, -1, m, 1)
         weights = torch.cat([logits, column], dim=-1).softmax(-1)[..., :-1]

@@ -94,11 +94,12 @@ class _Observer:
         self.forwarded = 0
 
     def attention(self) -> Tensor:
-        """The question's attention to every position, averaged over heads, its own tokens, and the later half
-        of the full-attention layers (all layers where there are none)."""
-        layers = [i for g in self._model.anatomy.groups if g.window is None for i in g.layers]
+        """The question's attention to every position, averaged over heads, its own tokens, and the full-attention
+        layers in the later half of the model (the later half of those there are, or of all, where there is none)."""
         depth = sum(len(g.layers) for g in self._model.anatomy.groups)
-        scored = frozenset(i for i in layers or range(depth) if i >= depth // 2)
+        full = sorted(i for g in self._model.anatomy.groups if g.window is None for i in g.layers)
+        layers = full or list(range(depth))
+        scored = frozenset([i for i in layers if i >= depth // 2] or layers[len(layers) // 2 :])
         total = int(self._query_positions[-1]) + 1
         scores = torch.zeros(total, device=self._model.device)
         step = Step(self._query_positions, self._model.settings.attention, scored, scores)

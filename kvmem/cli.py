@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -35,13 +36,13 @@ def _opened(model: str, store: Path, threads: int | None, namespace: str) -> Ite
     transformers_logging.disable_progress_bar()
     try:
         with (
-            err.status(f"Loading {model} …"),
+            err.status(f"Loading {escape(model)} …"),
         ):
             mem = KVMem(model, store, threads=threads, namespace=namespace)
         with mem:
             yield mem
     except KVMemError as error:
-        err.print(f"[red]Error:[/red] {error}", highlight=False, soft_wrap=True)
+        err.print(f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 
@@ -60,9 +61,9 @@ def add(
         with Progress(*columns, console=err) as progress:
             task = progress.add_task("Reading", total=len(files))
             for file in files:
-                progress.update(task, description=f"Reading {file.name}")
+                progress.update(task, description=f"Reading {escape(file.name)}")
                 document = mem.add(file, id=file.as_posix())
-                out.print(f"{document.id}  {len(document.chunks)} chunks", highlight=False)
+                out.print(f"{document.id}  {len(document.chunks)} chunks", highlight=False, markup=False)
                 progress.advance(task)
 
 
@@ -125,7 +126,7 @@ def stats(
         table.add_row(*(str(n) for n in row), megabytes)
         out.print(table)
         for document in mem.list():
-            out.print(f"{document.id}  {len(document.chunks)} chunks", highlight=False)
+            out.print(f"{document.id}  {len(document.chunks)} chunks", highlight=False, markup=False)
 
 
 @app.command()
@@ -139,7 +140,7 @@ def remove(
     """Remove a document and its caches."""
     with _opened(model, store, threads, namespace) as mem:
         mem.remove(id)
-        out.print(f"Removed {id}", highlight=False)
+        out.print(f"Removed {id}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -85,10 +85,18 @@ class Composer:
         for info in self._store.find(self.key(Context(), span)):
             self._store.delete(info.key)
 
-    def compose(self, spans: Sequence[Span], capacity: int, resident: Resident | None = None) -> Stitched:
+    def compose(
+        self,
+        spans: Sequence[Span],
+        capacity: int,
+        resident: Resident | None = None,
+        in_place: str | None = None,
+    ) -> Stitched:
         """Stitch `spans` (the prefix first) into a buffer of at least `capacity` rows.
 
-        `resident`, if given, is taken over: its buffer becomes the result's.
+        resident: a buffer to take over; it becomes the result's.
+        in_place: a document whose spans are read in place, if all before them is exact, even where the same
+            tokens were read in another context.
         """
         if resident is not None:
             resident.cache.length = len(resident.token_ids)
@@ -98,18 +106,23 @@ class Composer:
         stitched = Stitched(cache)
         context = Context()
         rest = list(spans)
-        while rest and self._place_exact(stitched, context, rest[0], resident):
+        while rest:
+            if resident is not None and not resident.covers(cache.length, rest[0]):
+                resident = None  # what it holds further on was read behind other tokens
+            anew = in_place is not None and rest[0].document == in_place
+            if not self._place_exact(stitched, context, rest[0], resident is not None, anew):
+                break
             rest.pop(0)
         stitched.exact_end = cache.length
         if rest:
             self._place_approximate(stitched, context, rest)
         return stitched
 
-    def _place_exact(self, stitched: Stitched, context: Context, span: Span, resident: Resident | None) -> bool:
+    def _place_exact(self, stitched: Stitched, context: Context, span: Span, resident: bool, anew: bool) -> bool:
         """Place `span` exactly, from the resident buffer, the store, or by reading it; False if it is approximate."""
         cache, start = stitched.cache, stitched.cache.length
         origin: Origin = "exact"
-        if resident is not None and resident.covers(start, span):
+        if resident:
             cache.length = start + len(span)
         else:
             key = self.key(context, span)
@@ -117,7 +130,7 @@ class Composer:
             if entry is not None:
                 cache.load(entry, start)
                 cache.length = start + len(span)
-            elif start > 0 and self._candidates(key):
+            elif start > 0 and not anew and self._candidates(key):
                 return False
             else:
                 self._model.append(span.token_ids, cache)
@@ -135,6 +148,7 @@ class Composer:
         cache, start = stitched.cache, stitched.cache.length
         before = context.spans
         cold: dict[str, KVEntry] = {}
+        counted: set[str] = set()
         for index, span in enumerate(spans):
             entry = self._best(span, before) or cold.get(span.digest)
             origin: Origin = "reused"
@@ -144,8 +158,9 @@ class Composer:
                 for read in self._read_behind_preamble(stitched, run):
                     cold.setdefault(read.key.tokens, read)
                 entry = cold[span.digest]
-            if span.digest in cold:
+            if span.digest in cold and span.digest not in counted:
                 origin = "computed"
+                counted.add(span.digest)
             cache.load(entry, start)
             stitched.placed.append(Placed(span, start, origin))
             start += len(span)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,21 +40,22 @@ class Chunk:
 def as_document(value: Any, id: str | None = None, metadata: Metadata | None = None) -> Document:  # noqa: A002
     """A document from a text, a `pathlib.Path`, a `Document`, or a LangChain or LlamaIndex document.
 
-    Without an id, a path gives its name and a text a digest of its content.
+    Without an id, a path gives itself and a text (or a document with a random UUID) a digest of its content.
     Raises InputError, EmptyInputError.
     """
     own: Metadata = {}
+    chunks: tuple[str, ...] = ()
     if isinstance(value, Document):
-        text, own, found = value.text, value.metadata, value.id
+        text, own, found, chunks = value.text, value.metadata, value.id, value.chunks
     elif isinstance(value, str):
         text, found = value, None
     elif isinstance(value, Path):
-        text, found, own = read_text(value), value.name, {"source": str(value)}
+        text, found, own = read_text(value), value.as_posix(), {"source": str(value)}
     elif hasattr(value, "page_content"):
         text, own, found = value.page_content, value.metadata, getattr(value, "id", None)
     elif hasattr(value, "get_content") and hasattr(value, "metadata"):
         text, own = value.get_content(), value.metadata
-        found = getattr(value, "id_", None) or getattr(value, "node_id", None)
+        found = _chosen(getattr(value, "id_", None) or getattr(value, "node_id", None))
     else:
         raise InputError(
             f"A document cannot be made from {type(value).__name__}. "
@@ -61,6 +63,7 @@ def as_document(value: Any, id: str | None = None, metadata: Metadata | None = N
         )
     if not isinstance(text, str) or not text.strip():
         raise EmptyInputError("The document has no text. Give a text with at least one word.")
+    check_text(text, "The document")
     merged = dict(own) | dict(metadata or {})
     try:
         merged = json.loads(json.dumps(merged))
@@ -73,7 +76,23 @@ def as_document(value: Any, id: str | None = None, metadata: Metadata | None = N
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
     if not isinstance(name, str) or not name:
         raise InputError(f"id={name!r} cannot be used. Give a text that is not empty, or None.")
-    return Document(name, text, merged)
+    return Document(name, text, merged, chunks)
+
+
+def _chosen(name: str | None) -> str | None:
+    """`name` unless it is random: LlamaIndex gives every document a new one, and the same text would pile up."""
+    try:
+        return None if name is None or uuid.UUID(name).version == 4 else name
+    except ValueError:
+        return name
+
+
+def check_text(text: str, what: str) -> None:
+    """Raise InputError when `text` cannot be encoded (half a surrogate pair, for example)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} is not valid Unicode: {error}. Decode it with errors='replace'.") from None
 
 
 def read_text(path: Path) -> str:

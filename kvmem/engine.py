@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +28,7 @@ from kvmem.model import LanguageModel
 from kvmem.prompt import DEFAULT_SYSTEM, Span
 from kvmem.request import Context, Request, RequestBuilder
 from kvmem.retrieve import BM25Retriever, Retriever
-from kvmem.settings import BlendSettings, Settings
+from kvmem.settings import BlendSettings, ModelSettings, Settings
 from kvmem.store.base import Store, StoreStats
 from kvmem.store.disk import DiskStore
 from kvmem.store.memory import MemoryStore
@@ -70,8 +73,9 @@ class KVMem:
         **overrides: Any,
     ) -> None:
         self.settings = Settings.parse(settings, overrides)
+        self.model = self._open_model(model, tokenizer, overrides)
+        self._owns_store = store is None or isinstance(store, (str, os.PathLike))
         self.store = _open_store(store, self.settings)
-        self.model = self._open_model(model, tokenizer)
         self.retriever: Retriever = retriever or BM25Retriever()
         namespace = self.settings.namespace
         self._corpus = Corpus(self.store, self.model, namespace, self.settings.split)
@@ -80,10 +84,16 @@ class KVMem:
         self._composer = Composer(self.model, self.store, namespace, preamble)
         self._resident: Resident | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kvmem")
+        self._streams: WeakSet[AnswerStream] = WeakSet()
         self._closed = False
+        self._working = 0
 
-    def _open_model(self, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> LanguageModel:
+    def _open_model(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase | None, overrides: Mapping[str, Any]
+    ) -> LanguageModel:
         if isinstance(model, LanguageModel):
+            if ignored := overrides.keys() & ModelSettings.model_fields.keys():
+                raise InputError(f"{min(ignored)} belongs to loading, and this model is loaded. Give it to load().")
             return model
         if isinstance(model, (str, os.PathLike)):
             return LanguageModel.load(model, self.settings.model)
@@ -105,7 +115,7 @@ class KVMem:
     def _add(self, new: Document) -> Document:
         old = self._corpus.find(new.id)
         added = self._corpus.put(new)
-        self._read(added)
+        self._read(added, anew=old is None)
         if old is not None:
             self._forget(old)
         return added
@@ -131,12 +141,12 @@ class KVMem:
         tokens = sum(len(self._corpus.span(chunk)) for chunk in chunks)
         return Stats(len({chunk.document_id for chunk in chunks}), len(chunks), tokens, self.store.stats())
 
-    def _read(self, document: Document) -> None:
+    def _read(self, document: Document, anew: bool) -> None:
         """Bring the document's chunks into the store: in place behind the corpus while that fits the window."""
         prefix = self._requests.frame(None).prefix
         corpus = [self._corpus.span(chunk) for chunk in self._corpus.chunks()]
         if len(prefix) + sum(map(len, corpus)) + self.settings.max_tokens <= self.model.window:
-            self._keep(self._stitch([prefix, *corpus]))
+            self._keep(self._stitch([prefix, *corpus], in_place=document.id if anew else None))
             return
         run: Spans = []
         for span in (self._corpus.span(chunk) for chunk in chunks_of(document)):
@@ -163,9 +173,9 @@ class KVMem:
         system: str | None = None,
         blend: BlendSettings | str | Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         top_p: float | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         **generate_kwargs: Any,
     ) -> Answer:
@@ -198,9 +208,9 @@ class KVMem:
         system: str | None = None,
         blend: BlendSettings | str | Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         top_p: float | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         **generate_kwargs: Any,
     ) -> AnswerStream:
@@ -209,21 +219,23 @@ class KVMem:
         self._check_open()
         sampling = Sampling(
             max_tokens=self.settings.max_tokens if max_tokens is None else max_tokens,
-            temperature=temperature,
+            temperature=temperature or 0.0,
             top_p=top_p,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
             seed=seed,
             extra=generate_kwargs,
         )
         settings = self._blend(blend)
 
         def work(listener: Listener) -> Answer:
-            with self.model.lock:
+            with self._work():
                 request = self._requests.build(started, question, context, system, sampling.max_tokens)
                 listener.planned(request.plan, request.sources)
                 return self._answer(request, settings, sampling, listener)
 
-        return AnswerStream(self._executor, work)
+        stream = AnswerStream(self._executor, work)
+        self._streams.add(stream)
+        return stream
 
     def prefill(
         self,
@@ -263,12 +275,14 @@ class KVMem:
         # The last token is left to generate(), which needs one to begin with.
         repaired = repair(self.model, stitched, request.prompt.query[:-1], blend, logits=False)
         after_repair = time.perf_counter()
-        generated = generate(self.model, stitched.cache, request.prompt.token_ids, sampling, listener)
         if blend.selector == "all":
             stitched.exact_end = stitched.placed[-1].end
-        self._keep(stitched)
+        try:
+            generated = generate(self.model, stitched.cache, request.prompt.token_ids, sampling, listener)
+        finally:
+            self._keep(stitched)
         return Answer(
-            text=generated.text.strip(),
+            text=generated.text,
             sources=request.sources,
             usage=_usage(stitched, repaired, len(request.prompt.query), len(generated.token_ids)),
             plan=request.plan,
@@ -276,9 +290,9 @@ class KVMem:
             finish_reason=generated.finish_reason,
         )
 
-    def _stitch(self, spans: Sequence[Span], spare: int = 0) -> Stitched:
+    def _stitch(self, spans: Sequence[Span], spare: int = 0, in_place: str | None = None) -> Stitched:
         resident, self._resident = self._resident, None
-        return self._composer.compose(spans, sum(map(len, spans)) + spare, resident)
+        return self._composer.compose(spans, sum(map(len, spans)) + spare, resident, in_place)
 
     def _keep(self, stitched: Stitched) -> None:
         """Store what is new, and keep the buffer's exact rows for the next prompt."""
@@ -301,29 +315,50 @@ class KVMem:
             total=time.perf_counter() - request.started,
         )
 
+    @contextmanager
+    def _work(self) -> Iterator[None]:
+        """Around everything that runs in the engine's thread."""
+        with self.model.lock:
+            self._working = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._working = 0
+
     # Lifetime
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("This KVMem was closed. Open a new one on the same store.")
+        if threading.get_ident() == self._working:
+            raise InputError(
+                "A KVMem was called from inside its own work (by a retriever, or while iterating context). "
+                "Use another KVMem there, or do it before the call."
+            )
 
     def _run(self, work: Callable[[], T]) -> T:
         self._check_open()
 
         def locked() -> T:
-            with self.model.lock:
+            with self._work():
                 return work()
 
         return self._executor.submit(locked).result()
 
     def close(self) -> None:
-        """Wait for running work and release the store and the buffer. Calling it again does nothing."""
+        """Cancel running answers and release the buffer, and the store unless it was handed in as an object.
+
+        Calling it again does nothing.
+        """
         if self._closed:
             return
         self._closed = True
+        for stream in tuple(self._streams):
+            stream.close()
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._resident = None
-        self.store.close()
+        if self._owns_store:
+            self.store.close()
 
     def __enter__(self) -> KVMem:
         return self
@@ -357,7 +392,7 @@ def _read(repaired: Repaired, query: int) -> int:
 def _open_store(store: str | os.PathLike[str] | Store | None, settings: Settings) -> Store:
     memory = MemoryStore(settings.memory_bytes)
     if store is None:
-        return MemoryStore()
+        return memory
     if isinstance(store, (str, os.PathLike)):
         return TieredStore(memory, DiskStore(Path(store)))
     return store

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +15,24 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvmem.answer import FinishReason
 from kvmem.cache import BlendedCache
-from kvmem.errors import InputError
+from kvmem.errors import InputError, first_line
 from kvmem.model import LanguageModel
 from kvmem.stream import Listener
+
+_RESERVED = {
+    "max_new_tokens": "Give max_tokens.",
+    "max_length": "Give max_tokens.",
+    "stop_strings": "Give stop.",
+    "do_sample": "Give a temperature above 0.",
+    "streamer": "Use stream().",
+    "num_beams": "One answer is decoded at a time, without beams.",
+    "num_return_sequences": "One answer is decoded at a time; ask again with another seed.",
+    "input_ids": "The prompt is made from the question.",
+    "attention_mask": "The prompt is made from the question.",
+    "past_key_values": "The cache is kvmem's own.",
+    "generation_config": "Give its fields by name.",
+    "stopping_criteria": "Give stop, or close the stream.",
+}
 
 
 @dataclass(frozen=True)
@@ -34,8 +50,11 @@ class Sampling:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise InputError(f"max_tokens={self.max_tokens} leaves no room for an answer. Give 1 or more.")
+        if not isinstance(self.max_tokens, int) or self.max_tokens < 1:
+            raise InputError(f"max_tokens={self.max_tokens!r} leaves no room for an answer. Give 1 or more.")
+        if reserved := _RESERVED.keys() & self.extra.keys():
+            name = min(reserved)
+            raise InputError(f"{name} cannot be handed to generate here. {_RESERVED[name]}")
         if self.temperature < 0:
             raise InputError(f"temperature={self.temperature} is below 0. Give 0 (greedy) or more.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -72,24 +91,24 @@ def generate(
     """Continue `token_ids`, of which `cache` holds all but the last; `listener` gets each new piece of text."""
     streamer = _Streamer(model, sampling.stop, listener.text)
     prompt = torch.tensor([list(token_ids)], device=model.device)
-    config = GenerationConfig.from_model_config(model.hf.config)
-    base = model.hf.generation_config
-    options = sampling.options()
-    known = {name: value for name, value in options.items() if hasattr(config, name)}
-    passed_on = {name: value for name, value in options.items() if name not in known}
-    config = GenerationConfig(**{**_ends(base, model), **known})
-    with torch.no_grad(), torch.random.fork_rng(enabled=sampling.seed is not None):
+    config = GenerationConfig(**_ends(model))
+    with torch.no_grad(), torch.random.fork_rng(enabled=sampling.seed is not None), _own_defaults(model, config):
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        model.hf.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
-            generation_config=config,
-            streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([_Stop(streamer, listener)]),
-            **passed_on,
-        )
+        try:
+            model.hf.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                past_key_values=cache,
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([_Stop(streamer, listener)]),
+                **sampling.options(),
+            )
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise InputError(
+                f"transformers' generate does not take these arguments: {first_line(error)}. "
+                f"Given were {dict(sampling.extra)!r}."
+            ) from error
     reason: FinishReason = "length"
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if streamer.stopped or (streamer.token_ids and streamer.token_ids[-1] in ends):
@@ -99,8 +118,20 @@ def generate(
     return Generated(streamer.text, tuple(streamer.token_ids), reason, streamer.first_token)
 
 
-def _ends(base: GenerationConfig, model: LanguageModel) -> dict[str, Any]:
-    """Where the model's own answers end; sampling defaults of the checkpoint are not inherited."""
+@contextmanager
+def _own_defaults(model: LanguageModel, config: GenerationConfig) -> Iterator[None]:
+    """Sampling defaults of the checkpoint (a repetition penalty, top_k) do not change what a caller asked for."""
+    before = model.hf.generation_config
+    model.hf.generation_config = config
+    try:
+        yield
+    finally:
+        model.hf.generation_config = before
+
+
+def _ends(model: LanguageModel) -> dict[str, Any]:
+    """Where the model's own answers end."""
+    base = model.hf.generation_config
     end = base.eos_token_id if base.eos_token_id is not None else model.tokenizer.eos_token_id
     pad = base.pad_token_id if base.pad_token_id is not None else model.tokenizer.pad_token_id
     if pad is None:

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kvmem.anatomy import Anatomy, examine
+from kvmem.anatomy import Anatomy, examine, length_dependent_rope
 from kvmem.attention import ATTENTION, Step
 from kvmem.cache import BlendedCache, Correction
 from kvmem.entry import FORMAT_VERSION
@@ -50,10 +50,17 @@ class LanguageModel:
                 f"A model and its tokenizer from transformers are needed, not {type(hf).__name__} and "
                 f"{type(tokenizer).__name__}. Load them with AutoModelForCausalLM and AutoTokenizer."
             )
+        places = {parameter.device for parameter in hf.parameters()}
+        if len(places) > 1 or torch.device("meta") in places:
+            raise ModelError(
+                f"The model lies on {len(places)} devices ({', '.join(sorted(map(str, places)))}); one is supported. "
+                "Load it on a single device, for example with device_map={'': 0}."
+            )
         self.settings = settings or ModelSettings()
         self.hf: Any = hf.eval()
         self.tokenizer: Any = tokenizer
         self.lock = threading.RLock()
+        self._tokenizing = threading.Lock()
         self.name = name or str(getattr(hf.config, "_name_or_path", "") or type(hf).__name__)
         configs: list[Any] = [m.config for m in hf.modules() if getattr(m, "config", None) is not None]
         self._configs: dict[int, Any] = {id(config): config for config in configs}
@@ -72,10 +79,11 @@ class LanguageModel:
         options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
         if settings.revision is not None:
             options["revision"] = settings.revision
+        dtype = _dtype(settings.dtype)
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory, **options)
             hf: Any = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=_dtype(settings.dtype), device_map=settings.device_map, **options
+                directory, dtype=dtype, device_map=settings.device_map, **options
             )
         except OSError as error:
             raise ModelNotFoundError(
@@ -89,7 +97,13 @@ class LanguageModel:
                 "Check that it loads with transformers.AutoModelForCausalLM."
             ) from error
         if settings.device_map is None:
-            hf.to(_device(settings.device))
+            try:
+                hf.to(_device(settings.device))
+            except (RuntimeError, AssertionError) as error:
+                raise ModelError(
+                    f"{name!r} cannot be moved to device {settings.device!r}: {first_line(error)}. "
+                    "Give device='cpu', or one that torch sees."
+                ) from error
         return cls(hf, tokenizer, name, settings)
 
     @property
@@ -104,14 +118,16 @@ class LanguageModel:
     @cached_property
     def window(self) -> int:
         config = self.hf.config.get_text_config()
-        limit = next(
-            int(getattr(config, n))
-            for n in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
-            if getattr(config, n, None)
-        )
-        rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "dynamic":
-            limit = int(limit * float(rope.get("factor", 1.0)))
+        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+        limit = next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 0)
+        if not limit:
+            raise ModelError(
+                f"The config of {self.name!r} does not say how long a prompt may be. Set max_position_embeddings in it."
+            )
+        if length_dependent_rope(self.hf):
+            # Beyond the original length all frequencies change, and with them every key read before.
+            rope = getattr(config, "rope_parameters", None) or {}
+            limit = min(limit, int(rope.get("original_max_position_embeddings") or limit))
         return limit
 
     @cached_property
@@ -140,7 +156,9 @@ class LanguageModel:
 
     def tokenize(self, text: str, *, markup: bool) -> tuple[int, ...]:
         """Token ids of `text` alone. Without `markup`, special tokens written in the text are plain text."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not markup)["input_ids"]
+        # Fast tokenizers keep `split_special_tokens` as state between calls.
+        with self._tokenizing:
+            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not markup)["input_ids"]
         return tuple(ids)
 
     def count_tokens(self, text: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvmem.answer import Source
 from kvmem.corpus import Corpus, chunks_of
-from kvmem.document import Chunk, Document, as_document, split
+from kvmem.document import Chunk, Document, as_document, check_text, split
 from kvmem.errors import EmptyInputError, InputError
 from kvmem.model import LanguageModel
 from kvmem.plan import Plan, make_plan
@@ -55,6 +55,7 @@ class RequestBuilder:
     ) -> Request:
         if not isinstance(question, str):
             raise InputError(f"The question is a {type(question).__name__}. Give a str.")
+        check_text(question, "The question")
         if not question.strip():
             raise EmptyInputError("The question is empty. Ask something.")
         frame = self.frame(system)
@@ -81,8 +82,8 @@ class RequestBuilder:
             scores=score,
         )
         sources = tuple(
-            Source(chunks[i].document_id, chunks[i].text, chunks[i].metadata, scores[i] if scores else None)
-            for i in plan.chunks
+            Source(c.document_id, c.index, c.text, c.metadata, scores[i] if scores else None)
+            for i, c in ((i, chunks[i]) for i in plan.chunks)
         )
         taken = tuple(spans[i] for i in plan.chunks)
         return Request(started, Prompt(frame.prefix, taken, query), plan, sources, time.perf_counter())

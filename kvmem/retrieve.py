@@ -29,16 +29,16 @@ class BM25Retriever:
         if not texts:
             return []
         if texts != self._indexed:
-            index = bm25s.BM25()
-            index.index(_terms(texts), show_progress=False)
-            self._index, self._indexed = index, texts
-        assert self._index is not None  # noqa: S101
+            terms = bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
+            # Text of stop words or single characters alone leaves nothing to index.
+            self._index = bm25s.BM25() if any(terms) else None
+            if self._index is not None:
+                self._index.index(terms, show_progress=False)
+            self._indexed = texts
+        if self._index is None:
+            return [0.0] * len(texts)
         terms = bm25s.tokenize(question, stopwords="en", return_ids=False, show_progress=False)[0]
         known = [term for term in terms if term in self._index.vocab_dict]
         if not known:
             return [0.0] * len(texts)
         return [float(s) for s in self._index.get_scores(known)]
-
-
-def _terms(texts: Sequence[str]) -> object:
-    return bm25s.tokenize(list(texts), stopwords="en", show_progress=False)

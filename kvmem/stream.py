@@ -5,11 +5,12 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Executor, Future
 from types import TracebackType
 from typing import Protocol
 
 from kvmem.answer import Answer, Source
+from kvmem.errors import ClosedError
 from kvmem.plan import Plan
 
 _END = object()
@@ -47,7 +48,7 @@ class AnswerStream:
         piece = self._channel.take()
         if piece is None:
             if not self._channel.cancelled():
-                self._future.result()
+                self._result()
             raise StopIteration
         return piece
 
@@ -62,14 +63,20 @@ class AnswerStream:
     def _decision(self) -> tuple[Plan, tuple[Source, ...]]:
         decision = self._channel.decision()
         if decision is None:
-            answer = self._future.result()
+            answer = self._result()
             return answer.plan, answer.sources
         return decision
 
     @property
     def answer(self) -> Answer:
-        """The whole answer; waits for it."""
-        return self._future.result()
+        """The whole answer; waits for it. Raises ClosedError when it was cancelled before it was begun."""
+        return self._result()
+
+    def _result(self) -> Answer:
+        try:
+            return self._future.result()
+        except CancelledError:
+            raise ClosedError("The question was cancelled before it was begun. Ask again.") from None
 
     def close(self) -> None:
         """Stop generating. Pieces not yet taken are dropped; closing again does nothing."""

@@ -14,6 +14,11 @@ def to_nodes(sources: Iterable[Source]) -> list[NodeWithScore]:
     nodes = []
     for source in sources:
         origin = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id=source.document_id)}
-        node = TextNode(text=source.text, metadata=dict(source.metadata), relationships=origin)
+        node = TextNode(
+            id_=f"{source.document_id}:{source.index}",
+            text=source.text,
+            metadata=dict(source.metadata),
+            relationships=origin,
+        )
         nodes.append(NodeWithScore(node=node, score=source.score))
     return nodes

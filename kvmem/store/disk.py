@@ -31,8 +31,8 @@ class DiskStore:
     """Entries under `directory`, which several processes may share.
 
     A file is written under a temporary name and synced; then it is renamed and its index row is written, in one
-    transaction of the index. A file whose size or XXH3 checksum is not the row's is a miss, is logged, and is removed. Each file's checksum is
-    verified the first time this process loads it.
+    transaction of the index. A file whose size or XXH3 checksum is not the row's is a miss, is logged, and is
+    removed. Each file's checksum is verified the first time this process loads it.
 
     Raises StoreError when the directory cannot be created or opened.
     """

@@ -36,7 +36,13 @@ class JSONDisk(diskcache.Disk):  # type: ignore[misc]
 def open_index(directory: Path) -> diskcache.Cache:
     """A diskcache that never evicts by itself."""
     return diskcache.Cache(
-        str(directory), disk=JSONDisk, eviction_policy="none", cull_limit=0, size_limit=1 << 62, timeout=60
+        str(directory),
+        disk=JSONDisk,
+        disk_min_file_size=1 << 40,  # everything in SQLite, under its journal; never in files beside it
+        eviction_policy="none",
+        cull_limit=0,
+        size_limit=1 << 62,
+        timeout=60,
     )
 
 

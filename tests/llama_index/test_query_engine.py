@@ -46,11 +46,11 @@ async def test_async_and_streaming_give_the_same_text(mem: KVMem, engine: KVMemQ
     response = streaming.query("When?")
     assert isinstance(response, StreamingResponse)
     assert len(response.source_nodes) == 2
-    assert "".join(response.response_gen).strip() == expected
+    assert "".join(response.response_gen) == expected
     async_response = await streaming.aquery("When?")
     assert isinstance(async_response, AsyncStreamingResponse)
     pieces = [piece async for piece in async_response.async_response_gen()]
-    assert "".join(pieces).strip() == expected
+    assert "".join(pieces) == expected
 
 
 def test_query_events_fire_once(mem: KVMem) -> None:
