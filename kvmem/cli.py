@@ -14,9 +14,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kvmem import Answer, KVMem, KVMemError
+from kvmem import Answer, KVMem, KVMemError, LanguageModel, ModelSettings
 
 app = typer.Typer(help="Ask questions over documents that the model has read once.", no_args_is_help=True)
+bench = typer.Typer(help="Benchmarks; each writes JSON and prints a table.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 out = Console()
 err = Console(stderr=True)
 
@@ -28,22 +30,27 @@ DEFAULT_STORE = Path(".kvmem")
 
 
 @contextmanager
-def _opened(model: str, store: Path, threads: int | None, namespace: str) -> Iterator[KVMem]:
-    """An engine, with errors told in one line instead of a traceback."""
+def _errors() -> Iterator[None]:
+    """Errors are told in one line instead of a traceback, and loading shows no bars of its own."""
     from transformers.utils import logging as transformers_logging
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers_logging.disable_progress_bar()
     try:
-        with (
-            err.status(f"Loading {escape(model)} …"),
-        ):
-            mem = KVMem(model, store, threads=threads, namespace=namespace)
-        with mem:
-            yield mem
+        yield
     except KVMemError as error:
         err.print(f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
+
+
+@contextmanager
+def _opened(model: str, store: Path, threads: int | None, namespace: str) -> Iterator[KVMem]:
+    """An engine, closed in the end."""
+    with _errors():
+        with err.status(f"Loading {escape(model)} …"):
+            mem = KVMem(model, store, threads=threads, namespace=namespace)
+        with mem:
+            yield mem
 
 
 @app.command()
@@ -141,6 +148,81 @@ def remove(
     with _opened(model, store, threads, namespace) as mem:
         mem.remove(id)
         out.print(f"Removed {id}", highlight=False, markup=False)
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="Hub id, directory, GGUF file or alias.")],
+    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    dtype: Annotated[str, typer.Option(help="'auto', 'bfloat16', 'float16' or 'float32'.")] = "auto",
+) -> None:
+    """Find out by running it whether caches of a model can be moved and repaired. Exit code 1 if they cannot."""
+    import json
+    from dataclasses import asdict
+
+    with _errors():
+        from kvmem.check import check as run_check
+
+        with err.status(f"Checking {escape(model)} …"):
+            report = run_check(LanguageModel.load(model, ModelSettings(dtype=dtype)))
+    if json_output:
+        out.print_json(json.dumps(asdict(report)))
+    else:
+        table = Table("check", "result", title=escape(report.model), title_justify="left")
+        table.add_row("caches can be moved and repaired", f"{'yes' if report.blendable else 'no'}: {report.reason}")
+        table.add_row("moved keys, relative error", f"{report.rotation_error}")
+        table.add_row("all recomputed, KL to full prefill", f"{report.all_divergence}")
+        table.add_row("exact reuse, KL to full prefill", f"{report.exact_divergence:.2g}")
+        for budget, divergence in report.divergence.items():
+            table.add_row(f"{float(budget):.0%} recomputed, KL", f"{divergence:.4f}")
+        table.add_row('recompute="auto"', f"{report.recompute}")
+        out.print(table)
+    raise typer.Exit(0 if report.blendable else 1)
+
+
+@bench.command()
+def fidelity(
+    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
+    model: Model = "smollm2",
+    passages: Annotated[list[int] | None, typer.Option(help="Passages per prompt; may be repeated.")] = None,
+    examples: Annotated[int, typer.Option(min=1)] = 40,
+    offset: Annotated[int, typer.Option(min=0, help="Questions to skip.")] = 0,
+    seed: int = 0,
+    threads: Threads = None,
+    output: Annotated[Path, typer.Option(help="A directory for JSON and the plot.")] = Path("bench-results"),
+) -> None:
+    """How close every way of blending comes to full prefill."""
+    with _errors():
+        from kvmem.bench import fidelity as benchmark
+        from kvmem.bench.common import load_questions, write_json
+
+        loaded = LanguageModel.load(model, ModelSettings(threads=threads))
+        questions = load_questions(data)[offset : offset + examples]
+        results = []
+        for count in passages or [4, 8]:
+            results.append(benchmark.run(loaded, questions, count, seed=seed))
+            write_json(output / f"fidelity-{Path(model).stem}-{count}.json", results[-1])
+            out.print(benchmark.table(results[-1]))
+        benchmark.plot(results, output / f"fidelity-{Path(model).stem}.png")
+
+
+@bench.command()
+def speed(
+    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
+    model: Model = "smollm2",
+    size: Annotated[list[int] | None, typer.Option(help="Prompt tokens, about; may be repeated.")] = None,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
+) -> None:
+    """Time to the first token and decoding speed, as ratios to plain transformers in the same process."""
+    with _errors():
+        from kvmem.bench import speed as benchmark
+        from kvmem.bench.common import load_questions, write_json
+
+        result = benchmark.run(model, load_questions(data), size or [2500, 7000], threads=threads, repeats=repeats)
+        write_json(output / f"speed-{Path(model).stem}.json", result)
+        out.print(benchmark.table(result))
 
 
 if __name__ == "__main__":

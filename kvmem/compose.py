@@ -80,6 +80,17 @@ class Composer:
     def key(self, context: Context, span: Span) -> EntryKey:
         return EntryKey(self._namespace, self._model.fingerprint, context.digest, span.digest)
 
+    def make_exact(self, stitched: Stitched) -> None:
+        """Note that every row of `stitched` was recomputed in place: from here on all of it is exact."""
+        context = Context()
+        for item in stitched.placed:
+            if item.end > stitched.exact_end:
+                key = self.key(context, item.span)
+                entry = stitched.cache.entry(key, item.span.token_ids, item.start, context.spans)
+                stitched.unsaved.append(entry)
+            context.extend(item.span.token_ids, item.span.digest)
+        stitched.exact_end = context.length
+
     def forget(self, span: Span) -> None:
         """Delete every entry of these tokens in this namespace."""
         for info in self._store.find(self.key(Context(), span)):

@@ -78,6 +78,8 @@ class KVMem:
         self.store = _open_store(store, self.settings)
         self.retriever: Retriever = retriever or BM25Retriever()
         namespace = self.settings.namespace
+        # Both are looked up by the first question otherwise, which would wait for them.
+        _ = self.model.fingerprint, self.model.anatomy
         self._corpus = Corpus(self.store, self.model, namespace, self.settings.split)
         self._requests = RequestBuilder(self.model, self._corpus, self.retriever, self.settings)
         preamble = self._requests.frame(DEFAULT_SYSTEM).prefix
@@ -259,7 +261,7 @@ class KVMem:
             repaired = repair(self.model, stitched, request.prompt.query, settings, logits=True)
             self._resident = None  # the buffer is the caller's from here on
             ready = time.perf_counter()
-            self._save(stitched)
+            self._save(stitched, settings)
             timings = self._timings(request, after_stitch, ready, ready)
             usage = _usage(stitched, repaired, len(request.prompt.query), 0)
             assert repaired.logits is not None  # noqa: S101
@@ -275,12 +277,10 @@ class KVMem:
         # The last token is left to generate(), which needs one to begin with.
         repaired = repair(self.model, stitched, request.prompt.query[:-1], blend, logits=False)
         after_repair = time.perf_counter()
-        if blend.selector == "all":
-            stitched.exact_end = stitched.placed[-1].end
         try:
             generated = generate(self.model, stitched.cache, request.prompt.token_ids, sampling, listener)
         finally:
-            self._keep(stitched)
+            self._keep(stitched, blend)
         return Answer(
             text=generated.text,
             sources=request.sources,
@@ -294,17 +294,25 @@ class KVMem:
         resident, self._resident = self._resident, None
         return self._composer.compose(spans, sum(map(len, spans)) + spare, resident, in_place)
 
-    def _keep(self, stitched: Stitched) -> None:
+    def _keep(self, stitched: Stitched, blend: BlendSettings | None = None) -> None:
         """Store what is new, and keep the buffer's exact rows for the next prompt."""
-        self._save(stitched)
+        self._save(stitched, blend)
         self._resident = Resident(stitched.cache, tuple(stitched.token_ids[: stitched.exact_end]))
 
-    def _save(self, stitched: Stitched) -> None:
+    def _save(self, stitched: Stitched, blend: BlendSettings | None) -> None:
+        if blend is not None and blend.selector == "all":
+            self._composer.make_exact(stitched)
         for entry in stitched.unsaved:
             self.store.put(entry)
 
     def _blend(self, blend: BlendSettings | str | Mapping[str, Any] | None) -> BlendSettings:
-        return self.settings.blend if blend is None else BlendSettings.parse(blend)
+        parsed = self.settings.blend if blend is None else BlendSettings.parse(blend)
+        if parsed.recompute != "auto":
+            return parsed
+        from kvmem.check import check, recall  # the check is written with KVMem
+
+        report = recall(self.model) or check(self.model)
+        return parsed.model_copy(update={"recompute": report.recompute if report.recompute is not None else 0.0})
 
     def _timings(self, request: Request, after_stitch: float, after_repair: float, first_token: float) -> Timings:
         return Timings(

@@ -45,7 +45,7 @@ Selector = Callable[[Candidates, int, BlendSettings], Tensor]
 
 def select(candidates: Candidates, settings: BlendSettings) -> Tensor:
     """The positions to recompute, int64, ascending."""
-    budget = int(settings.recompute * candidates.count)
+    budget = int(settings.share * candidates.count)
     if not candidates.count:
         return candidates.positions
     return SELECTORS[settings.selector](candidates, budget, settings).sort().values

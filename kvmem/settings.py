@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,7 +22,8 @@ class BlendSettings(_Frozen):
     """How a stitched cache is repaired.
 
     selector: which tokens are recomputed, see `kvmem.select`.
-    recompute: the fraction of the approximate tokens to recompute, in [0, 1].
+    recompute: the fraction of the approximate tokens to recompute, in [0, 1], or "auto": the smallest that the
+        model's own check shows to be enough (see `kvmem.check`).
     correction: move the tokens that are not recomputed along with those that are; None means on for
         `query`, off for the other selectors (which are published baselines and stay plain).
     reach: how far, in tokens, a recomputed token's change is carried to its neighbours.
@@ -31,11 +32,18 @@ class BlendSettings(_Frozen):
     """
 
     selector: SelectorName = "query"
-    recompute: float = Field(default=0.1, ge=0.0, le=1.0)
+    recompute: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = 0.1
     correction: bool | None = None
     reach: float = Field(default=64.0, gt=0)
     shrinkage: float = Field(default=2.0, gt=0)
     spread: float = Field(default=0.25, ge=0.0, le=1.0)
+
+    @property
+    def share(self) -> float:
+        """`recompute` as a number. Raises InputError while it is "auto"."""
+        if self.recompute == "auto":
+            raise InputError('recompute="auto" stands for a number that KVMem finds. Give a number here.')
+        return self.recompute
 
     @property
     def corrects(self) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,19 @@ def test_add_ask_stats_remove(saved_model: str, tmp_path: Path) -> None:
     code, output = run(saved_model, store, "stats")
     assert "a.md" not in output
     assert "b.txt" in output
+
+
+def test_check_reports_as_a_table_and_as_json(
+    saved_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`kvmem check` exits with 0 for a model that blends, and its JSON can be read."""
+    monkeypatch.setattr("kvmem.check.default_cache_dir", lambda: tmp_path)
+    monkeypatch.setattr("kvmem.check.BUDGETS", (0.5,))
+    result = CliRunner().invoke(app, ["check", saved_model])
+    assert result.exit_code == 0, result.output
+    assert "50% recomputed" in result.output
+    result = CliRunner().invoke(app, ["check", saved_model, "--json"])
+    assert json.loads(result.output[result.output.index("{") :])["blendable"] is True
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,8 @@ def _example(
             mem.prefill(question.question, context=[passage])
         ids, truth, answer = _full(mem, question.question, context, tokens)
         found = {}
-        for name, blend in variants.items():
+        # "all" comes last: it makes every entry exact.
+        for name, blend in sorted(variants.items(), key=lambda item: item[1]["selector"] == "all"):
             prefill = mem.prefill(question.question, context=context, blend=BlendSettings.parse(blend))
             found[name] = _compare(truth, _along(model, prefill, answer)) | {"recomputed": prefill.usage.recomputed}
     return {"prompt_tokens": len(ids), "answer_tokens": len(answer), "variants": found}

@@ -1,0 +1,204 @@
+"""Time to the first token, decoding speed and memory, as ratios to plain transformers in the same process.
+
+Every measurement of a warm prompt is the first question of a fresh process whose caches are on disk. Right after
+it, the same process reads the same ids by `model.generate` with transformers' own cache; the ratio of the two is what
+is reported, since machines differ and drift.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from kvmem.bench.common import Question, describe, track
+from kvmem.engine import KVMem
+from kvmem.errors import KVMemError
+from kvmem.model import LanguageModel
+from kvmem.settings import ModelSettings
+
+# name -> (whether the passages stand in the order they were read in, how the cache is repaired)
+WAYS: dict[str, tuple[bool, Any]] = {
+    "exact": (True, "query"),
+    "default, 10%": (False, "query"),
+    "default, 5%": (False, {"selector": "query", "recompute": 0.05}),
+    "deviation 15%": (False, {"selector": "deviation", "recompute": 0.15}),
+    "none": (False, "none"),
+}
+
+
+def run(
+    model: str, questions: Sequence[Question], sizes: Sequence[int], *, threads: int = 1, repeats: int = 3
+) -> dict[str, Any]:
+    """Measure every way at every prompt size (about that many tokens), `repeats` times each."""
+    rows = []
+    jobs = [(size, way, n) for size in sizes for way in WAYS for n in range(repeats)]
+    with tempfile.TemporaryDirectory() as scratch:
+        stores: dict[int, Path] = {}
+        for size, way, n in track(jobs, "speed"):
+            if size not in stores:
+                stores[size] = Path(scratch) / str(size)
+                _child("prepare", model, _text(questions, size), stores[size], way, threads)
+            row = _child("measure", model, _text(questions, size), stores[size], way, threads)
+            rows.append({"size": size, "way": way, "repeat": n, **row})
+    loaded = LanguageModel.load(model, ModelSettings(threads=threads))
+    settings = {"sizes": list(sizes), "threads": threads, "repeats": repeats}
+    return {
+        "benchmark": "speed",
+        **describe(loaded, **settings),
+        "bytes_per_token": loaded.bytes_per_token,
+        "summary": summarise(rows),
+        "rows": rows,
+    }
+
+
+def _text(questions: Sequence[Question], size: int) -> dict[str, Any]:
+    """One question and enough passages, of several questions if need be; 1 token is about 4 characters here."""
+    passages: list[str] = []
+    for question in questions:
+        for passage in question.passages:
+            if sum(map(len, passages)) >= 4 * size:
+                return {"question": questions[0].question, "passages": passages}
+            passages.append(passage)
+    raise KVMemError(f"The questions hold less than {size} tokens. Give more questions or smaller sizes.")
+
+
+def _child(phase: str, model: str, text: dict[str, Any], store: Path, way: str, threads: int) -> dict[str, Any]:
+    job = {"phase": phase, "model": model, "store": str(store), "way": way, "threads": threads, **text}
+    command = [sys.executable, "-m", "kvmem.bench.speed"]
+    result = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)  # noqa: S603
+    if result.returncode:
+        raise KVMemError(f"A measuring process failed: {result.stderr[-2000:]}")
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """One phase, in a process of its own; the job is JSON on standard input, the result JSON on standard output."""
+    job = json.loads(sys.stdin.read())
+    torch.set_num_threads(job["threads"])
+    with KVMem(job["model"], job["store"], threads=job["threads"], max_tokens=32) as mem:
+        if job["phase"] == "prepare":
+            for passage in job["passages"]:
+                mem.prefill(job["question"], context=[passage])
+            mem.prefill(job["question"], context=job["passages"], blend="none")
+            mem.ask(job["question"], context=job["passages"], blend="all", max_tokens=1)
+            result: dict[str, Any] = {}
+        else:
+            result = _measure(mem, job)
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+def _measure(mem: KVMem, job: dict[str, Any]) -> dict[str, Any]:
+    in_order, blend = WAYS[job["way"]]
+    context = job["passages"] if in_order else job["passages"][::-1]
+    weights = _resident_bytes()
+    answer = mem.ask(job["question"], context=context, blend=blend, max_tokens=1)
+    peak = _peak_bytes()
+    usage, timings = answer.usage, answer.timings
+    prefill = mem.prefill(job["question"], context=context, blend=blend)
+    ids = prefill.token_ids
+    full = min(_full(mem.model, ids) for _ in range(2))
+    again = mem.ask(job["question"], context=context, blend=blend, max_tokens=1)
+    return {
+        "prompt_tokens": usage.prompt,
+        "usage": vars(usage),
+        "timings": vars(timings),
+        "first_token": timings.first_token,
+        "first_token_again": again.timings.first_token,
+        "full": full,
+        "ratio": timings.first_token / full,
+        "ratio_again": again.timings.first_token / full,
+        "decode_ratio": _decode(mem.model, ids, prefill.cache) / _decode(mem.model, ids, None),
+        "memory_before": weights,
+        "memory_peak": peak,
+        "kv_bytes": usage.prompt * mem.model.bytes_per_token,
+    }
+
+
+class _Clock(BaseStreamer):
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.stamps.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _full(model: LanguageModel, ids: torch.Tensor) -> float:
+    """Seconds to the first token of `model.generate` with transformers' own cache."""
+    clock = _Clock()
+    began = time.perf_counter()
+    model.hf.generate(ids[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=1, streamer=clock)
+    return clock.stamps[1] - began
+
+
+def _decode(model: LanguageModel, ids: torch.Tensor, cache: Any, tokens: int = 16) -> float:
+    """Seconds per token of `model.generate`, after the first, on a filled cache (None: a DynamicCache, filled here)."""
+    if cache is None:
+        cache = DynamicCache(config=model.hf.config.get_text_config())
+        with torch.no_grad():
+            model.hf.base_model(ids[None, :-1], past_key_values=cache, use_cache=True)
+    else:
+        cache.crop(1)
+    clock = _Clock()
+    mask = torch.ones_like(ids)[None]
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    model.hf.generate(ids[None], attention_mask=mask, past_key_values=cache, streamer=clock, **options)
+    return float(np.median(np.diff(clock.stamps[2:])))
+
+
+def _resident_bytes() -> int:
+    """Memory of this process now, without pages of files."""
+    fields = Path("/proc/self/status").read_text().split("RssAnon:")
+    return int(fields[1].split()[0]) * 1024
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians per size and way. floor: the share of tokens that were forwarded."""
+    summary = []
+    for size, way in dict.fromkeys((row["size"], row["way"]) for row in rows):
+        group = [row for row in rows if (row["size"], row["way"]) == (size, way)]
+        median = {
+            name: float(np.median([row[name] for row in group]))
+            for name in ("prompt_tokens", "first_token", "full", "ratio", "ratio_again", "decode_ratio")
+        }
+        forwarded = float(np.median([row["usage"]["forwarded"] for row in group]))
+        summary.append({"size": size, "way": way, **median, "forwarded": forwarded})
+    return summary
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The summary, for a terminal."""
+    title = f"{result['model']}, {result['threads']} thread(s): first token, of full prefill in the same process"
+    names = ("tokens", "", "first token", "full prefill", "ratio", "ratio, 2nd ask", "forwarded", "decode ratio")
+    shown = Table(*names, title=title)
+    for row in result["summary"]:
+        seconds = [f"{row[key]:.2f} s" for key in ("first_token", "full")]
+        ratios = [f"{row[key]:.3f}" for key in ("ratio", "ratio_again")]
+        forwarded = f"{row['forwarded'] / row['prompt_tokens']:.3f}"
+        shown.add_row(
+            f"{row['prompt_tokens']:.0f}", row["way"], *seconds, *ratios, forwarded, f"{row['decode_ratio']:.2f}"
+        )
+    return shown
+
+
+if __name__ == "__main__":
+    main()

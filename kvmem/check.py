@@ -1,0 +1,167 @@
+"""The model's self-check: what holds for a model is found by running it, not by looking its name up.
+
+(a) keys moved to another position equal keys computed there; (b) a stitched cache recomputed as a whole equals full
+prefill; (c) exact reuse equals full prefill; (d) how close the default blend comes on a built-in text, and which
+budget is enough.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+
+from kvmem.answer import Prefill
+from kvmem.cache import BlendedCache
+from kvmem.engine import KVMem
+from kvmem.entry import EntryKey
+from kvmem.model import LanguageModel
+from kvmem.settings import BlendSettings, default_cache_dir
+
+TEXTS = (
+    "The night ferry leaves Port Ellery at ten past nine and reaches Saint Orrin at dawn. It carries ninety cars and "
+    "four hundred passengers. Cabins must be booked; deck seats are free. Dogs travel on the upper deck only, on a "
+    "lead. In a storm of more than nine on the Beaufort scale the ferry waits in harbour, and tickets stay valid.",
+    "The harbour library keeps the logbooks of every ship that was built in Ellery since 1874. They may be read on "
+    "Tuesdays and Thursdays, with clean hands and a pencil. The oldest belongs to the Marigold, a brig of two hundred "
+    "tons, whose captain, Ada Thorne, drew the coast on its margins. Copies are made for two crowns a page.",
+    "Saint Orrin's market opens on the first Saturday of each month. Its baker, Lewis Pell, sells rye bread and a cake "
+    "of figs. The fishmonger next to him closes at noon. There is a fountain in the middle of the square, given by the "
+    "captain of the Marigold; whoever drinks from it, they say, returns within the year.",
+    "The lighthouse on Gull Point flashes twice every fifteen seconds. It was automated in 1981, and its last keeper, "
+    "Tom Averill, still lives beside it. He measures the rain each morning at seven and sends the figure to the "
+    "institute in the capital. In the wettest year, 2012, it was two thousand and forty millimetres.",
+)
+QUESTIONS = (
+    "Who drew the coast in a logbook?",
+    "Where do dogs travel on the ferry?",
+    "Who gave the fountain in the market?",
+    "How often does the lighthouse flash?",
+)
+BUDGETS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+# A budget is enough when it leaves less than a fifth of the divergence of plain reuse, or less than this many nats.
+ENOUGH_SHARE, ENOUGH_NATS = 0.2, 0.005
+# bfloat16 alone moves the next token's distribution by about a thousandth of a nat.
+_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What the check found; divergences are mean KL in nats to full prefill of the next token.
+
+    blendable: whether (a) and (b) hold; if not, `reason` says which does not, and reuse is exact only.
+    rotation_error: (a), the largest difference relative to the largest key, None when keys do not rotate.
+    all_divergence: (b). exact_divergence: (c). divergence: (d), by budget of the default blend; 0 is plain reuse.
+    recompute: the smallest budget that is enough, for `recompute="auto"`.
+    """
+
+    model: str
+    fingerprint: str
+    blendable: bool
+    reason: str
+    rotation_error: float | None
+    all_divergence: float | None
+    exact_divergence: float
+    divergence: dict[str, float]
+    recompute: float | None
+
+    @property
+    def exact(self) -> bool:
+        return self.exact_divergence <= _TOLERANCE
+
+
+def check(model: LanguageModel) -> CheckReport:
+    """Run the check, and remember its result under the model's fingerprint in the user's cache directory."""
+    report = _check(model)
+    path = _remembered(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(report), indent=1))
+    return report
+
+
+def recall(model: LanguageModel) -> CheckReport | None:
+    """The remembered result of an earlier check of the very same model, if there is one."""
+    try:
+        return CheckReport(**json.loads(_remembered(model).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _remembered(model: LanguageModel) -> Path:
+    return default_cache_dir() / "checks" / f"{model.fingerprint}.json"
+
+
+def _check(model: LanguageModel) -> CheckReport:
+    blendable, reason = model.blendable, model.anatomy.reason
+    rotation = _rotation_error(model) if blendable else None
+    limit = 0.03 if model.dtype != torch.float32 else 1e-3
+    if rotation is not None and rotation > limit:
+        blendable, reason = False, f"moved keys differ from computed ones by {rotation:.2g} of the largest"
+    with KVMem(model, None, max_tokens=1) as mem:
+        for text in TEXTS:
+            mem.prefill(QUESTIONS[0], context=[text])
+        divergence = {"0": _divergence(mem, "none")} if blendable else {}
+        for budget in BUDGETS if blendable else ():
+            divergence[str(budget)] = _divergence(mem, {"selector": "query", "recompute": budget})
+        # Last, because from then on all of it is exact.
+        every = _divergence(mem, "all") if blendable else None
+        if every is not None and every > _TOLERANCE:
+            blendable, reason = False, f"recomputing everything is {every:.2g} nats away from full prefill"
+    with KVMem(model, None, max_tokens=1) as mem:
+        mem.prefill(QUESTIONS[0], context=TEXTS)
+        exact = _divergence(mem, "none")
+    enough = [b for b in BUDGETS if divergence and divergence[str(b)] <= _enough(divergence["0"])]
+    return CheckReport(
+        model=model.name,
+        fingerprint=model.fingerprint,
+        blendable=blendable,
+        reason=reason,
+        rotation_error=rotation,
+        all_divergence=every,
+        exact_divergence=exact,
+        divergence=divergence,
+        recompute=(enough[0] if enough else 1.0) if blendable else None,
+    )
+
+
+def _enough(plain: float) -> float:
+    return max(ENOUGH_SHARE * plain, ENOUGH_NATS)
+
+
+def _divergence(mem: KVMem, blend: BlendSettings | str | dict[str, object]) -> float:
+    """Mean KL of the next token over the questions, with the texts in their order."""
+    total = 0.0
+    for question in QUESTIONS:
+        prefill = mem.prefill(question, context=TEXTS, blend=blend)
+        truth = _full(mem.model, prefill).log_softmax(-1)
+        total += float((truth.exp() * (truth - prefill.logits.cpu().log_softmax(-1))).sum())
+    return total / len(QUESTIONS)
+
+
+@torch.no_grad()
+def _full(model: LanguageModel, prefill: Prefill) -> torch.Tensor:
+    logits: torch.Tensor = model.hf(prefill.token_ids[None].to(model.device)).logits[0, -1]
+    return logits.float().cpu()
+
+
+@torch.no_grad()
+def _rotation_error(model: LanguageModel, distance: int = 300) -> float:
+    """Read a text at position 0 and, by the model alone, `distance` further on; move the first, and compare."""
+    ids = model.tokenize(TEXTS[0], markup=False)
+    here = model.new_cache(len(ids))
+    model.append(ids, here)
+    entry = here.entry(EntryKey("", "", "", ""), ids, 0, ())
+    moved = BlendedCache(model.anatomy.groups, distance + len(ids), model.dtype, model.device)
+    moved.load(entry, distance)
+    there = DynamicCache()
+    positions = torch.arange(distance, distance + len(ids), device=model.device)[None]
+    inputs = torch.tensor([ids], device=model.device)
+    model.hf.base_model(input_ids=inputs, position_ids=positions, past_key_values=there, use_cache=True)
+    worst = 0.0
+    for layer, expected in zip(moved.blended, there.layers, strict=True):
+        keys: torch.Tensor = expected.keys  # type: ignore[assignment,union-attr]
+        worst = max(worst, float((layer.keys[0, :, distance:] - keys[0]).abs().max() / keys.abs().max()))
+    return worst

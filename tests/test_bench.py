@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvmem import InputError, LanguageModel
+from kvmem.bench import fidelity
+from kvmem.bench.common import bootstrap, load_questions, write_json
+from kvmem.testing import tiny_model
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [
+        {
+            "ctxs": [{"title": f"Room {n}", "text": f"Room {n} is {colour}. It has a window. " * 3} for n in range(3)],
+            "question": f"What is {colour}?",
+            "answers": ["a room"],
+        }
+        for colour in ("red", "green", "blue")
+    ]
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_fidelity_measures_every_variant_and_finds_that_all_is_full_prefill(data: Path, tmp_path: Path) -> None:
+    """On a tiny float32 model: `all` diverges by nothing, the default by less than no repair; the rest is described."""
+    model: LanguageModel = tiny_model("qwen3")
+    variants = {name: fidelity.VARIANTS[name] for name in ("all", "none", fidelity.BASELINE, "query 20%")}
+    result = fidelity.run(model, load_questions(data), 3, tokens=4, variants=variants)
+    summary = result["summary"]
+    assert abs(summary["all"]["kl_mean"]) < 1e-5
+    assert summary["all"]["top1"] == 1.0
+    assert summary["query 20%"]["kl_mean"] < summary["none"]["kl_mean"]
+    assert summary[fidelity.BASELINE]["ratio"] == pytest.approx(1.0)
+    assert result["settings"]["examples"] == 3
+    assert {"model", "fingerprint", "machine", "versions", "threads"} <= set(result)
+    write_json(tmp_path / "r.json", result)
+    assert json.loads((tmp_path / "r.json").read_text())["summary"] == summary
+    fidelity.plot([result], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    assert fidelity.table(result).row_count == 4
+
+
+def test_questions_that_cannot_be_read_are_an_error_with_an_example(tmp_path: Path) -> None:
+    """A missing file, JSON of another shape."""
+    with pytest.raises(InputError, match="ctxs"):
+        load_questions(tmp_path / "none.json")
+    (tmp_path / "x.json").write_text('[{"question": "?"}]')
+    with pytest.raises(InputError, match="ctxs"):
+        load_questions(tmp_path / "x.json")
+
+
+def test_the_bootstrap_covers_the_mean() -> None:
+    """Its interval lies around the mean, is the same for the same seed, and narrows with more examples."""
+    values = np.random.default_rng(0).normal(3.0, 1.0, 100).tolist()
+
+    def mean(x: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+        return float(np.mean(x))
+
+    low, high = bootstrap(values, mean, seed=1)
+    assert low < float(np.mean(values)) < high
+    assert (low, high) == bootstrap(values, mean, seed=1)
+    wide = bootstrap(values[:10], mean, seed=1)
+    assert high - low < wide[1] - wide[0]
