@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
     from kvmem.model import LanguageModel
     from kvmem.plan import Plan
-    from kvmem.settings import BlendSettings, ModelSettings, Settings, SplitSettings
+    from kvmem.settings import BlendSettings, ModelSettings, Settings, SplitSettings, StoreSettings
     from kvmem.stream import AnswerStream
 
 # Public names by the module they live in; loaded on first use, so that `import kvmem` loads neither torch nor
@@ -46,7 +46,7 @@ _HOME = {
     ),
     "kvmem.model": ("LanguageModel",),
     "kvmem.plan": ("Plan",),
-    "kvmem.settings": ("BlendSettings", "ModelSettings", "Settings", "SplitSettings"),
+    "kvmem.settings": ("BlendSettings", "ModelSettings", "Settings", "SplitSettings", "StoreSettings"),
     "kvmem.stream": ("AnswerStream",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -75,6 +75,7 @@ __all__ = [
     "SplitSettings",
     "Stats",
     "StoreError",
+    "StoreSettings",
     "Timings",
     "UnknownDocumentError",
     "Usage",

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kvmem import Answer, KVMem, KVMemError, LanguageModel, ModelSettings
+from kvmem import Answer, KVMem, KVMemError, LanguageModel, ModelSettings, StoreError
 
 app = typer.Typer(help="Ask questions over documents that the model has read once.", no_args_is_help=True)
 bench = typer.Typer(help="Benchmarks; each writes JSON and prints a table.", no_args_is_help=True)
@@ -124,16 +124,41 @@ def stats(
     threads: Threads = None,
     namespace: Namespace = "default",
 ) -> None:
-    """What is kept: documents, chunks, tokens, entries, bytes."""
+    """What is kept of this namespace: by document, and in all."""
     with _opened(model, store, threads, namespace) as mem:
         found = mem.stats()
-        table = Table("documents", "chunks", "tokens", "entries", "on disk")
-        megabytes = f"{found.store.bytes / 1e6:.1f} MB"
-        row = (found.documents, found.chunks, found.tokens, found.store.entries)
-        table.add_row(*(str(n) for n in row), megabytes)
-        out.print(table)
-        for document in mem.list():
-            out.print(f"{document.id}  {len(document.chunks)} chunks", highlight=False, markup=False)
+        for row in found.by_document:
+            counts = f"{row.chunks} chunks, {row.tokens} tokens, {row.entries} entries, {row.bytes / 1e6:.1f} MB"
+            out.print(f"{row.document_id}  {counts}", highlight=False, markup=False, soft_wrap=True)
+        kept = found.store
+        out.print(
+            f"In namespace {namespace}: {found.documents} documents, {found.chunks} chunks, {found.tokens} tokens; "
+            f"{kept.entries} entries, {kept.bytes / 1e6:.1f} MB kept, other texts that were read included",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def doctor(
+    store: StorePath = DEFAULT_STORE,
+    fix: Annotated[bool, typer.Option("--fix", help="Remove what is damaged or left over.")] = False,
+) -> None:
+    """Look for inconsistencies in a store. Exit code 1 if there are any that were not mended."""
+    with _errors():
+        if not store.is_dir():
+            raise StoreError(f"There is no store at {str(store)!r}. Give the directory that --store named.")
+        from kvmem.store import DiskStore
+
+        opened = DiskStore(store)
+        problems = opened.check(fix)
+        opened.close()
+    for problem in problems:
+        mended = " (removed)" if problem.fixed else ""
+        out.print(f"{problem.what}: {problem.where}{mended}", highlight=False, markup=False, soft_wrap=True)
+    out.print("No problems." if not problems else f"{len(problems)} problem(s).", highlight=False)
+    raise typer.Exit(1 if problems and not fix else 0)
 
 
 @app.command()
@@ -223,6 +248,26 @@ def speed(
         result = benchmark.run(model, load_questions(data), size or [2500, 7000], threads=threads, repeats=repeats)
         write_json(output / f"speed-{Path(model).stem}.json", result)
         out.print(benchmark.table(result))
+
+
+@bench.command("store")
+def bench_store(
+    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
+    model: Model = "smollm2",
+    examples: Annotated[int, typer.Option(min=1)] = 12,
+    threads: Threads = None,
+    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
+) -> None:
+    """How fast entries come from disk, and what packing them to 8 bits costs."""
+    with _errors():
+        from kvmem.bench import store as benchmark
+        from kvmem.bench.common import load_questions, write_json
+
+        loaded = LanguageModel.load(model, ModelSettings(threads=threads))
+        result = benchmark.run(loaded, load_questions(data)[:examples])
+        write_json(output / f"store-{Path(model).stem}.json", result)
+        for part in benchmark.table(result):
+            out.print(part)
 
 
 if __name__ == "__main__":

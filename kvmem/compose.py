@@ -91,9 +91,13 @@ class Composer:
             context.extend(item.span.token_ids, item.span.digest)
         stitched.exact_end = context.length
 
+    def known(self, span: Span) -> list[EntryInfo]:
+        """Every entry of these tokens in this namespace."""
+        return self._store.find(self.key(Context(), span))
+
     def forget(self, span: Span) -> None:
         """Delete every entry of these tokens in this namespace."""
-        for info in self._store.find(self.key(Context(), span)):
+        for info in self.known(span):
             self._store.delete(info.key)
 
     def compose(

@@ -28,7 +28,7 @@ from kvmem.model import LanguageModel
 from kvmem.prompt import DEFAULT_SYSTEM, Span
 from kvmem.request import Context, Request, RequestBuilder
 from kvmem.retrieve import BM25Retriever, Retriever
-from kvmem.settings import BlendSettings, ModelSettings, Settings
+from kvmem.settings import BlendSettings, ModelSettings, Settings, StoreSettings
 from kvmem.store.base import Store, StoreStats
 from kvmem.store.disk import DiskStore
 from kvmem.store.memory import MemoryStore
@@ -40,13 +40,26 @@ Spans = list[Span]  # inside KVMem, `list` is its method
 
 
 @dataclass(frozen=True)
+class DocumentStats:
+    """One document: its chunks and tokens, and the entries and bytes of KV kept of them, in any context."""
+
+    document_id: str
+    chunks: int
+    tokens: int
+    entries: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Stats:
-    """documents, chunks, tokens: of the corpus. store: what is kept of them and of everything else read."""
+    """documents, chunks, tokens: of the corpus. store: what is kept in this namespace, of the corpus and of
+    everything else read."""
 
     documents: int
     chunks: int
     tokens: int
     store: StoreStats
+    by_document: tuple[DocumentStats, ...]
 
 
 class KVMem:
@@ -75,7 +88,7 @@ class KVMem:
         self.settings = Settings.parse(settings, overrides)
         self.model = self._open_model(model, tokenizer, overrides)
         self._owns_store = store is None or isinstance(store, (str, os.PathLike))
-        self.store = _open_store(store, self.settings)
+        self.store = _open_store(store, self.settings.storage)
         self.retriever: Retriever = retriever or BM25Retriever()
         namespace = self.settings.namespace
         # Both are looked up by the first question otherwise, which would wait for them.
@@ -139,9 +152,15 @@ class KVMem:
     def stats(self) -> Stats:
         """Counts of the corpus and of the store."""
         self._check_open()
-        chunks = self._corpus.chunks()
-        tokens = sum(len(self._corpus.span(chunk)) for chunk in chunks)
-        return Stats(len({chunk.document_id for chunk in chunks}), len(chunks), tokens, self.store.stats())
+        rows = tuple(self._document_stats(document) for document in self._corpus)
+        chunks, tokens = sum(row.chunks for row in rows), sum(row.tokens for row in rows)
+        return Stats(len(rows), chunks, tokens, self.store.stats(self.settings.namespace), rows)
+
+    def _document_stats(self, document: Document) -> DocumentStats:
+        spans = [self._corpus.span(chunk) for chunk in chunks_of(document)]
+        infos = [info for span in {span.digest: span for span in spans}.values() for info in self._composer.known(span)]
+        size = sum(info.nbytes for info in infos)
+        return DocumentStats(document.id, len(spans), sum(map(len, spans)), len(infos), size)
 
     def _read(self, document: Document, anew: bool) -> None:
         """Bring the document's chunks into the store: in place behind the corpus while that fits the window."""
@@ -397,10 +416,16 @@ def _read(repaired: Repaired, query: int) -> int:
     return query if repaired.logits is not None else query - 1
 
 
-def _open_store(store: str | os.PathLike[str] | Store | None, settings: Settings) -> Store:
-    memory = MemoryStore(settings.memory_bytes)
+def _open_store(store: str | os.PathLike[str] | Store | None, settings: StoreSettings) -> Store:
+    if store is not None and not isinstance(store, (str, os.PathLike)):
+        return store
+    shared: Any = {
+        "namespace_bytes": settings.namespace_bytes,
+        "policy": settings.eviction,
+        "ttl": settings.ttl,
+    }
+    memory = MemoryStore(settings.memory_bytes, **shared)
     if store is None:
         return memory
-    if isinstance(store, (str, os.PathLike)):
-        return TieredStore(memory, DiskStore(Path(store)))
-    return store
+    options: Any = {"max_bytes": settings.disk_bytes, "kv_dtype": settings.kv_dtype, "verify": settings.verify}
+    return TieredStore(memory, DiskStore(Path(store), **options, **shared))

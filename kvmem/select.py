@@ -1,12 +1,12 @@
 """Which tokens of a stitched cache are recomputed.
 
-Each selector is a function of a `Candidates` and the settings, and returns positions. `budget` of them, unless
-its name says otherwise.
+Each selector is a function of the candidates, a budget and the settings, and returns positions: `budget` of them,
+unless its name says otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,22 +52,31 @@ def select(candidates: Candidates, settings: BlendSettings) -> Tensor:
 
 
 def _query(candidates: Candidates, budget: int, settings: BlendSettings) -> Tensor:
-    """What the question attends to, and an even spread over the rest for the correction to sample."""
+    """In every chunk its share of the budget: the tokens that the question attends to most.
+
+    Shares by size, not one ranking over all chunks: attention favours what stands close to the question, and a chunk
+    without recomputed tokens could not be corrected.
+    """
     positions = candidates.positions
-    if not budget:
-        return positions[:0]
-    if budget == candidates.count:
-        return positions
-    scores = candidates.attention()[positions]
-    focused = budget - int(settings.spread * budget)
-    chosen = torch.zeros(len(positions), dtype=torch.bool, device=positions.device)
-    chosen[scores.topk(focused).indices] = True
-    rest = torch.nonzero(~chosen)[:, 0]
-    spread = budget - focused
-    if spread:
-        steps = (torch.arange(spread, device=positions.device) + 0.5) * (len(rest) / spread)
-        chosen[rest[steps.long()]] = True
-    return positions[chosen]
+    if budget in (0, candidates.count):
+        return positions[:budget]
+    scores = candidates.attention()
+    sizes = [end - start for start, end in candidates.segments]
+    chosen = [
+        start + scores[start:end].topk(share).indices
+        for (start, end), share in zip(candidates.segments, _shares(sizes, budget), strict=True)
+    ]
+    return torch.cat(chosen)
+
+
+def _shares(sizes: Sequence[int], budget: int) -> list[int]:
+    """`budget` in proportion to `sizes`, whole numbers, by largest remainder."""
+    total = sum(sizes)
+    shares = [budget * size // total for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (-(budget * sizes[i] % total), i))
+    for index in by_remainder[: budget - sum(shares)]:
+        shares[index] += 1
+    return shares
 
 
 def _deviation(candidates: Candidates, budget: int, settings: BlendSettings) -> Tensor:

@@ -28,7 +28,6 @@ class BlendSettings(_Frozen):
         `query`, off for the other selectors (which are published baselines and stay plain).
     reach: how far, in tokens, a recomputed token's change is carried to its neighbours.
     shrinkage: weight of "no change" in the correction; larger is more careful.
-    spread: the part of the budget of `query` that is spread evenly, so that every chunk has samples.
     """
 
     selector: SelectorName = "query"
@@ -36,7 +35,6 @@ class BlendSettings(_Frozen):
     correction: bool | None = None
     reach: float = Field(default=64.0, gt=0)
     shrinkage: float = Field(default=2.0, gt=0)
-    spread: float = Field(default=0.25, ge=0.0, le=1.0)
 
     @property
     def share(self) -> float:
@@ -100,31 +98,48 @@ class ModelSettings(_Frozen):
     trust_remote_code: bool = False
 
 
+class StoreSettings(_Frozen):
+    """How much is kept, when the store is given as a directory (or not at all: then in memory only).
+
+    memory_bytes: KV kept in memory beside the working buffer. disk_bytes: entry files on disk, None for no limit.
+    namespace_bytes, eviction, ttl: see `kvmem.store.limits.Limits`. kv_dtype, verify: see `kvmem.store.DiskStore`.
+    """
+
+    memory_bytes: int = Field(default=1 << 30, ge=0)
+    disk_bytes: int | None = Field(default=None, ge=0)
+    namespace_bytes: int | None = Field(default=None, ge=0)
+    eviction: Literal["lru", "lfu"] = "lru"
+    ttl: float | None = Field(default=None, gt=0)
+    kv_dtype: Literal["native", "int8", "fp8"] = "native"
+    verify: Literal["first", "always", "never"] = "first"
+
+
 class Settings(_Frozen):
     """Everything a `KVMem` can be told beside its model and its store.
 
     system: the system prompt; None is `kvmem.prompt.DEFAULT_SYSTEM`.
     max_tokens: the longest answer, in tokens; room for it is kept free in the window.
     namespace: entries and documents of other namespaces are invisible.
-    memory_bytes: how much KV is kept in memory beside the working buffer.
     """
 
     model: ModelSettings = ModelSettings()
     blend: BlendSettings = BlendSettings()
     split: SplitSettings = SplitSettings()
+    storage: StoreSettings = StoreSettings()
     system: str | None = None
     max_tokens: int = Field(default=256, ge=1)
     namespace: str = Field(default="default", min_length=1)
-    memory_bytes: int = Field(default=1 << 30, ge=0)
 
     @classmethod
     def parse(cls, base: Settings | None, overrides: Mapping[str, Any]) -> Settings:
-        """`base` with `overrides` applied; names of `ModelSettings` may be given flat."""
+        """`base` with `overrides` applied; names of `ModelSettings` and `StoreSettings` may be given flat."""
         base = base or cls()
         fields = base.model_dump()
         for name, value in overrides.items():
-            if name in ModelSettings.model_fields and name not in cls.model_fields:
+            if name in ModelSettings.model_fields:
                 fields["model"][name] = value
+            elif name in StoreSettings.model_fields:
+                fields["storage"][name] = value
             elif name == "blend":
                 fields["blend"] = BlendSettings.parse(value).model_dump()
             else:

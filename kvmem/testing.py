@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import (
 from kvmem.entry import Context, EntryKey, KVEntry, digest_tokens
 from kvmem.model import LanguageModel
 from kvmem.store.base import Store
+from kvmem.store.codec import encode
 
 _TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -101,10 +103,32 @@ def same_entry(first: KVEntry, second: KVEntry) -> bool:
     )
 
 
-def check_store(make_store: Callable[[], Store]) -> None:
-    """Run the conformance suite on empty stores from `make_store`. Raises AssertionError at the first fault."""
-    for check in (_check_round_trip, _check_missing, _check_delete, _check_find, _check_documents):
-        store = make_store()
+def check_store(make_store: Callable[..., Store], limited: bool = False) -> None:
+    """Run the conformance suite on empty stores from `make_store`. Raises AssertionError at the first fault.
+
+    limited: whether `make_store` takes the fields of `kvmem.store.Limits` by name; then budgets are checked too.
+    """
+    one = make_entry(tokens=200)
+    checks: list[tuple[Callable[[Store], None], dict[str, Any]]] = [
+        (_check_round_trip, {}),
+        (_check_missing, {}),
+        (_check_delete, {}),
+        (_check_find, {}),
+        (_check_documents, {}),
+        (_check_namespaces, {}),
+    ]
+    if limited:
+        checks += [
+            (_check_recency, {"max_bytes": 4 * _file_size(one)}),
+            (_check_frequency, {"max_bytes": 3 * _file_size(one), "policy": "lfu"}),
+            (_check_pins, {"max_bytes": 3 * _file_size(one)}),
+            (_check_too_large, {"max_bytes": 3 * _file_size(one)}),
+            (_check_quota, {"max_bytes": 6 * _file_size(one), "namespace_bytes": 3 * _file_size(one)}),
+            (_check_fairness, {"max_bytes": 6 * _file_size(one)}),
+            (_check_ttl, {"ttl": 0.2}),
+        ]
+    for check, limits in checks:
+        store = make_store(**limits)
         try:
             check(store)
             _expect(store.check() == [], f"{check.__name__}: check() finds problems: {store.check()}")
@@ -159,6 +183,101 @@ def _check_find(store: Store) -> None:
     found = {info.key: info for info in store.find(first.key)}
     _expect(set(found) == {first.key, second.key}, "find gives all contexts, and no other tenant or model")
     _expect(found[second.key] == second.info, "find describes the entry")
+
+
+def _file_size(entry: KVEntry) -> int:
+    """What any of our stores counts for `entry`, with a few per cent to spare."""
+    return int(len(encode(entry)) * 1.05)
+
+
+def _kept(store: Store, entries: Sequence[KVEntry]) -> list[int]:
+    return [number for number, entry in enumerate(entries) if store.contains(entry.key)]
+
+
+def _check_namespaces(store: Store) -> None:
+    mine, theirs = make_entry(namespace="a"), make_entry(namespace="b")
+    store.put(mine)
+    store.put(theirs)
+    _expect(list(store.keys("a")) == [mine.key], "keys of a namespace are its own")
+    _expect(store.stats("a").entries == 1, "stats of a namespace count its own")
+    _expect(store.stats("c").entries == store.stats("c").bytes == 0, "an unknown namespace is empty")
+    store.get(mine.key)
+    _expect((store.stats("a").hits, store.stats("b").hits) == (1, 0), "hits are counted by namespace")
+    _expect(store.clear("a") == 1, "clear says how many it removed")
+    _expect(store.get(mine.key) is None, "clear removes")
+    _expect(store.contains(theirs.key), "clear leaves other namespaces alone")
+
+
+def _fill(store: Store, count: int, namespace: str = "default", seed: int = 0) -> list[KVEntry]:
+    entries = [make_entry(seed=seed + n, tokens=200, namespace=namespace) for n in range(count)]
+    for entry in entries:
+        store.put(entry)
+    return entries
+
+
+def _check_recency(store: Store) -> None:
+    entries = _fill(store, 3)
+    time.sleep(0.01)
+    store.get(entries[0].key)
+    more = _fill(store, 2, seed=10)
+    _expect(_kept(store, entries) == [0, 2], "the least recently used entry goes first")
+    _expect(_kept(store, more) == [0, 1], "new entries are in")
+
+
+def _check_frequency(store: Store) -> None:
+    entries = _fill(store, 3)
+    for number, times in ((0, 3), (1, 1), (2, 2)):
+        for _ in range(times):
+            store.get(entries[number].key)
+    _fill(store, 1, seed=10)
+    _expect(_kept(store, entries) == [0, 2], "the least frequently used entry goes first")
+
+
+def _check_pins(store: Store) -> None:
+    entries = _fill(store, 3)
+    for entry in entries[:2]:
+        _expect(store.pin(entry.key), "pin of a kept entry is True")
+    _fill(store, 3, seed=10)
+    _expect(_kept(store, entries) == [0, 1], "pinned entries stay")
+    (last,) = _fill(store, 1, seed=20)
+    _expect(store.pin(last.key), "pin")
+    _expect(not store.put(make_entry(seed=30, tokens=200)), "with everything pinned, put is False")
+    store.pin(entries[0].key, False)
+    _expect(store.put(make_entry(seed=30, tokens=200)), "an unpinned entry gives way")
+    _expect(not store.pin(entries[0].key), "pin of a missing entry is False")
+
+
+def _check_too_large(store: Store) -> None:
+    entries = _fill(store, 2)
+    _expect(not store.put(make_entry(tokens=2000)), "an entry larger than the budget is refused")
+    _expect(_kept(store, entries) == [0, 1], "and nothing is evicted for it")
+
+
+def _check_quota(store: Store) -> None:
+    theirs = _fill(store, 2, "b")
+    mine = _fill(store, 6, "a")
+    _expect(_kept(store, mine) == [3, 4, 5], "a namespace over its quota evicts its own")
+    _expect(_kept(store, theirs) == [0, 1], "and nobody else's")
+
+
+def _check_fairness(store: Store) -> None:
+    theirs = _fill(store, 2, "b")
+    _fill(store, 20, "a", seed=50)
+    _expect(_kept(store, theirs) == [0, 1], "pressure does not evict a tenant that keeps less than its share")
+    hog = _fill(store, 6, "b")
+    _fill(store, 3, "c", seed=80)
+    _expect(len(_kept(store, hog)) < 6, "a tenant that keeps more than its share gives way")
+    _expect(store.stats("c").entries == 2, "each of three tenants has a share")
+
+
+def _check_ttl(store: Store) -> None:
+    entry = make_entry()
+    store.put(entry)
+    _expect(store.get(entry.key) is not None, "a fresh entry is served")
+    time.sleep(0.25)
+    _expect(store.get(entry.key) is None, "an expired entry is a miss")
+    _expect(store.find(entry.key) == [] and not store.contains(entry.key), "and is not found")
+    _expect(store.put(entry) and store.get(entry.key) is not None, "it can be put again")
 
 
 def _check_documents(store: Store) -> None:

@@ -25,6 +25,11 @@ def run(saved_model: str, store: Path, *arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+def run_doctor(store: Path, *arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["doctor", "--store", str(store), *arguments])
+    return result.exit_code, result.output.strip()
+
+
 def test_add_ask_stats_remove(saved_model: str, tmp_path: Path) -> None:
     """The four commands in the order of a first session, each its own process as far as the store knows."""
     (tmp_path / "docs").mkdir()
@@ -44,6 +49,12 @@ def test_add_ask_stats_remove(saved_model: str, tmp_path: Path) -> None:
     code, output = run(saved_model, store, "stats")
     assert code == 0
     assert "MB" in output
+    assert run_doctor(store) == (0, "No problems.")
+    (store / "v1" / "tmp" / "left").write_bytes(b"x")
+    assert run_doctor(store)[0] == 1
+    assert run_doctor(store, "--fix")[0] == 0
+    assert run_doctor(store) == (0, "No problems.")
+    assert run_doctor(tmp_path / "nowhere")[0] == 1
     document = str(tmp_path / "docs" / "a.md")
     assert run(saved_model, store, "remove", document)[0] == 0
     code, output = run(saved_model, store, "stats")

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvmem.correct import LocalCorrection, _weigh
-from kvmem.select import SELECTORS, Candidates, select
+from kvmem.select import SELECTORS, Candidates, _shares, select
 from kvmem.settings import BlendSettings
 from kvmem.testing import tiny_model
 
@@ -38,16 +40,27 @@ def test_selectors_choose_their_budget_inside_the_segments(selector: str, recomp
     assert set(chosen.tolist()) <= {p for a, b in SEGMENTS for p in range(a, b)}
 
 
-def test_query_takes_what_the_question_attends_to_and_spreads_the_rest() -> None:
-    """Three quarters are the most attended; the others fall into every long segment."""
-    attention = torch.zeros(130)
-    attention[20:35] = 1.0
-    attention[0:10] = 5.0  # not a candidate
+def test_query_takes_in_every_chunk_what_the_question_attends_to() -> None:
+    """Each chunk has its share of the budget, however little attention it gets beside the others."""
+    attention = torch.rand(130, generator=torch.Generator().manual_seed(0)) * 0.01
+    attention[100:119] += 9.0  # the chunk next to the question
+    attention[20:23] += 0.5
+    attention[0:10] += 5.0  # not a candidate
     chosen = select(candidates(attention), BlendSettings(recompute=0.2)).tolist()
-    assert set(range(20, 35)) <= set(chosen)
-    rest = set(chosen) - set(range(20, 35))
-    assert any(p < 50 for p in rest)
-    assert any(p >= 60 for p in rest)
+    assert {20, 21, 22} <= set(chosen)
+    assert sum(p < 50 for p in chosen) == 8
+    assert sum(100 <= p < 119 for p in chosen) == 12
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=8), st.floats(0, 1))
+def test_shares_add_up_and_never_exceed_a_chunk(sizes: list[int], part: float) -> None:
+    """Proportional to the sizes, within one token."""
+    budget = int(part * sum(sizes))
+    shares = _shares(sizes, budget)
+    assert sum(shares) == budget
+    for size, share in zip(sizes, shares, strict=True):
+        assert share <= size
+        assert abs(share - budget * size / sum(sizes)) < 1
 
 
 def test_deviation_takes_the_most_deviating_and_first_k_the_beginnings() -> None:

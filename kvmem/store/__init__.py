@@ -2,7 +2,9 @@
 
 from kvmem.store.base import Problem, Store, StoreStats
 from kvmem.store.disk import DiskStore
+from kvmem.store.limits import Limits
 from kvmem.store.memory import MemoryStore
+from kvmem.store.remote import FsspecStore
 from kvmem.store.tiered import TieredStore
 
-__all__ = ["DiskStore", "MemoryStore", "Problem", "Store", "StoreStats", "TieredStore"]
+__all__ = ["DiskStore", "FsspecStore", "Limits", "MemoryStore", "Problem", "Store", "StoreStats", "TieredStore"]

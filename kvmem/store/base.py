@@ -18,10 +18,16 @@ class StoreStats:
     hits: int
     misses: int
 
+    @property
+    def hit_rate(self) -> float | None:
+        """The share of `get` that found an entry; None before the first."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else None
+
 
 @dataclass(frozen=True)
 class Problem:
-    """One inconsistency found by `check`: what (a short word), where (a file or key), and whether it was mended."""
+    """One inconsistency: what (a short word), where (a file or key), and whether `check` mended it."""
 
     what: str
     where: str
@@ -31,21 +37,31 @@ class Problem:
 class Store(Protocol):
     """Keeps entries by key. Every method may be called from any thread.
 
-    Returned entries must never be written to; they stay valid after a later `delete`.
+    Returned entries must never be written to; they stay valid after a later `delete`. A namespace's entries are
+    reached only with its name; None, where it is allowed, is for operators and means all of them.
     """
 
     @property
     def documents(self) -> MutableMapping[str, str]:
-        """Small JSON texts by name, kept as durably as entries: the corpus lives here."""
+        """Small texts by name, kept as durably as entries: the corpus lives here. Raises StoreError on failure."""
 
     def get(self, key: EntryKey) -> KVEntry | None:
         """The entry, or None. A damaged entry is removed and is a miss; never raises for one."""
 
     def put(self, entry: KVEntry) -> bool:
-        """Keep `entry`; it is durable on return. One of the same key stays as it is. False when it cannot be kept."""
+        """Keep `entry`; it is durable on return. One of the same key stays as it is.
+
+        False when it cannot be kept (over the budget, a full disk); that is logged and never raised.
+        """
 
     def delete(self, key: EntryKey) -> bool:
         """Remove the entry; False when there was none."""
+
+    def clear(self, namespace: str) -> int:
+        """Remove every entry of a namespace, pinned ones too; the number removed."""
+
+    def pin(self, key: EntryKey, pinned: bool = True) -> bool:
+        """Keep the entry out of eviction, or no longer; False when there is none."""
 
     def contains(self, key: EntryKey) -> bool:
         """Whether `get` would most likely find it."""
@@ -53,10 +69,10 @@ class Store(Protocol):
     def find(self, key: EntryKey) -> list[EntryInfo]:
         """Every entry of these tokens (namespace, model and token ids of `key`), whatever its context."""
 
-    def keys(self) -> Iterator[EntryKey]:
+    def keys(self, namespace: str | None = None) -> Iterator[EntryKey]:
         """The keys of all entries, in no particular order."""
 
-    def stats(self) -> StoreStats:
+    def stats(self, namespace: str | None = None) -> StoreStats:
         """Counts and bytes, see `StoreStats`."""
 
     def check(self, fix: bool = False) -> list[Problem]:

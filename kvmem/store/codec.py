@@ -1,34 +1,53 @@
-"""Entries as safetensors files, and back. No pickle is read or written anywhere."""
+"""Entries as safetensors files, and back; see docs/file-format.md. No pickle is read or written anywhere."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from kvmem.entry import FORMAT_VERSION, EntryKey, KVEntry, digest_tokens
+from kvmem.errors import InputError
+
+KVDtype = Literal["native", "int8", "fp8"]
+_STORED = {"int8": (torch.int8, 127.0), "fp8": (getattr(torch, "float8_e4m3fn", None), 448.0)}
 
 
 class DamagedEntryError(Exception):
     """A file is not an entry of this format, or not the one it is said to be."""
 
 
-def encode(entry: KVEntry) -> bytes:
-    """The entry as the bytes of one safetensors file; see docs/file-format.md."""
+class _Fields(Protocol):
+    def __getitem__(self, name: Any, /) -> Any: ...
+
+
+def check_kv_dtype(name: str) -> KVDtype:
+    """`name` if keys and values can be kept so. Raises InputError."""
+    if name not in ("native", *_STORED) or (name in _STORED and _STORED[name][0] is None):
+        raise InputError(f"kv_dtype={name!r} is not known to this torch. Give 'native', 'int8' or 'fp8'.")
+    return name  # type: ignore[return-value]
+
+
+def encode(entry: KVEntry, kv_dtype: KVDtype = "native") -> bytes:
+    """The entry as the bytes of one safetensors file.
+
+    With "int8" or "fp8", keys are scaled per channel (over the span's tokens) and values per token (over the
+    channels), as in KIVI (ICML'24); scales are bfloat16. Never float16, which bfloat16 models overflow.
+    """
     tensors = {"token_ids": torch.tensor(entry.token_ids, dtype=torch.int32)}
     for number, (keys, values) in enumerate(zip(entry.keys, entry.values, strict=True)):
-        tensors[f"keys.{number}"] = keys.contiguous()
-        tensors[f"values.{number}"] = values.contiguous()
-    return save(tensors, metadata=_header(entry))
-
-
-def _header(entry: KVEntry) -> dict[str, str]:
-    return {
+        if kv_dtype == "native":
+            tensors[f"keys.{number}"], tensors[f"values.{number}"] = keys.contiguous(), values.contiguous()
+        else:
+            for name, tensor, axis in (("keys", keys, -2), ("values", values, -1)):
+                packed, scale = _pack(tensor, axis, kv_dtype)
+                tensors[f"{name}.{number}"], tensors[f"{name}_scale.{number}"] = packed, scale
+    header = {
         "format": f"kvmem/{FORMAT_VERSION}",
         "namespace": entry.key.namespace,
         "fingerprint": entry.key.fingerprint,
@@ -36,12 +55,25 @@ def _header(entry: KVEntry) -> dict[str, str]:
         "tokens": entry.key.tokens,
         "start": str(entry.start),
         "spans": json.dumps(entry.spans),
+        "kv_dtype": kv_dtype,
+        "dtype": str(entry.keys[0].dtype).removeprefix("torch."),
     }
+    return save(tensors, metadata=header)
 
 
-def decode(path: Path, key: EntryKey) -> KVEntry:
-    """Read the entry of `key` from `path`; its tensors are mapped, not copied.
+def _pack(tensor: Tensor, axis: int, kv_dtype: KVDtype) -> tuple[Tensor, Tensor]:
+    """`tensor` in 8 bits, and its bfloat16 scale along `axis`."""
+    dtype, largest = _STORED[kv_dtype]
+    # Rounded up a little: a scale rounded down would clip the largest number.
+    scale = (tensor.float().abs().amax(axis, keepdim=True) * (1.004 / largest)).clamp_min(1e-20).bfloat16()
+    scaled = (tensor.float() / scale.float()).clamp(-largest, largest)
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype).contiguous(), scale.contiguous()
 
+
+def decode(path: Path, key: EntryKey | None) -> KVEntry:
+    """Read the entry of `key` (None: whichever it is) from `path`.
+
+    Native tensors are mapped, not copied; packed ones are unpacked.
     Raises DamagedEntryError when the file is not that entry, OSError when it cannot be opened.
     """
     try:
@@ -49,6 +81,7 @@ def decode(path: Path, key: EntryKey) -> KVEntry:
             header = file.metadata() or {}
             if header.get("format") != f"kvmem/{FORMAT_VERSION}":
                 raise DamagedEntryError(f"format {header.get('format')!r} is not kvmem/{FORMAT_VERSION}")
+            key = key or key_of(header)
             if key_of(header) != key:
                 raise DamagedEntryError("it belongs to another key")
             names = set(file.keys())
@@ -56,17 +89,22 @@ def decode(path: Path, key: EntryKey) -> KVEntry:
             token_ids = tuple(file.get_tensor("token_ids").tolist())
             if digest_tokens(token_ids) != key.tokens:
                 raise DamagedEntryError("its token ids are not those of its key")
-            keys = _tensors(file, (f"keys.{n}" for n in groups))
-            values = _tensors(file, (f"values.{n}" for n in groups))
+            dtype = getattr(torch, header["dtype"])
+            keys = tuple(_tensor(file, names, f"keys.{n}", dtype) for n in groups)
+            values = tuple(_tensor(file, names, f"values.{n}", dtype) for n in groups)
             return KVEntry(key, token_ids, int(header["start"]), tuple(json.loads(header["spans"])), keys, values)
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise DamagedEntryError(str(error)) from error
 
 
-def _tensors(file: Any, names: Iterable[str]) -> tuple[torch.Tensor, ...]:
-    return tuple(file.get_tensor(name) for name in names)
+def _tensor(file: Any, names: set[str], name: str, dtype: torch.dtype) -> Tensor:
+    tensor: Tensor = file.get_tensor(name)
+    scale = name.replace(".", "_scale.")
+    if scale not in names:
+        return tensor
+    return tensor.float().mul_(file.get_tensor(scale).float()).to(dtype)
 
 
-def key_of(header: dict[str, str]) -> EntryKey:
+def key_of(fields: _Fields) -> EntryKey:
     """The key written in a file's header or an index row. Raises KeyError when a field is missing."""
-    return EntryKey(header["namespace"], header["fingerprint"], header["context"], header["tokens"])
+    return EntryKey(fields["namespace"], fields["fingerprint"], fields["context"], fields["tokens"])

@@ -2,241 +2,397 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import mmap
 import os
+import secrets
 import sqlite3
-import tempfile
 import threading
-from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager, suppress
+import time
+from collections import Counter
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import diskcache
 import xxhash
 
-from kvmem.entry import EntryInfo, EntryKey, KVEntry
-from kvmem.errors import StoreError
+from kvmem.entry import FORMAT_VERSION, EntryInfo, EntryKey, KVEntry
+from kvmem.errors import InputError, StoreError
 from kvmem.store.base import Problem, StoreStats
-from kvmem.store.codec import DamagedEntryError, decode, encode, key_of
-from kvmem.store.index import Documents, open_index
+from kvmem.store.codec import DamagedEntryError, KVDtype, check_kv_dtype, decode, encode, key_of
+from kvmem.store.index import Documents, Index
+from kvmem.store.limits import Limits, Policy
 
 logger = logging.getLogger("kvmem")
 
-_INDEX_ERRORS = (sqlite3.Error, diskcache.Timeout, ValueError, TypeError)
+Verify = Literal["first", "always", "never"]
+_FAILURES = (OSError, sqlite3.Error)
+# A process that has been busy with one file for longer than this is taken for dead.
+_ABANDONED_SECONDS = 600.0
 
 
 class DiskStore:
     """Entries under `directory`, which several processes may share.
 
-    A file is written under a temporary name and synced; then it is renamed and its index row is written, in one
-    transaction of the index. A file whose size or XXH3 checksum is not the row's is a miss, is logged, and is
-    removed. Each file's checksum is verified the first time this process loads it.
+    A file is written under a temporary name, synced and renamed; only then its index row is written, and a row is
+    deleted before its file. Files have names of their own, so that nobody's delete can hit another's put; those under
+    way are noted in the index, so that what a killed process leaves is known and counted until it is removed. A file
+    whose size or XXH3 checksum is not the row's is a miss, is logged, and is removed.
 
-    Raises StoreError when the directory cannot be created or opened.
+    max_bytes, namespace_bytes, policy, ttl: see `Limits`; bytes are those of entry files, and the limits hold while
+        entries are being written, by any number of processes.
+    kv_dtype: how keys and values are kept: "native", "int8" or "fp8"; see `kvmem.store.codec`.
+    verify: whether checksums are verified when this process first loads an entry, always, or never.
+
+    A file system that fails (full, read-only, gone) makes `put` return False and `get` miss, with one warning until
+    it works again. Raises StoreError when the directory cannot be created or opened, InputError for other arguments.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        max_bytes: int | None = None,
+        namespace_bytes: int | None = None,
+        policy: Policy = "lru",
+        ttl: float | None = None,
+        kv_dtype: KVDtype = "native",
+        verify: Verify = "first",
+    ) -> None:
+        self.limits = Limits(max_bytes, namespace_bytes, policy, ttl)
+        self.kv_dtype = check_kv_dtype(kv_dtype)
+        if verify not in ("first", "always", "never"):
+            raise InputError(f"verify={verify!r} is not known. Give 'first', 'always' or 'never'.")
+        self.verify = verify
         self.directory = Path(directory).expanduser()
+        root = self.directory / f"v{FORMAT_VERSION}"
+        self._files, self._scratch = root / "entries", root / "tmp"
+        self._index = Index(root / "index.sqlite")
         self._verified: dict[str, str] = {}
-        self._hits = self._misses = 0
+        self._touched: dict[str, tuple[float, int]] = {}
+        self._hits: Counter[str] = Counter()
+        self._misses: Counter[str] = Counter()
+        self._failing = False
         self._lock = threading.Lock()
         try:
             self._files.mkdir(parents=True, exist_ok=True)
             self._scratch.mkdir(exist_ok=True)
-            self._index = open_index(self.directory / "index")
-            self._documents = open_index(self.directory / "documents")
-        except (OSError, sqlite3.Error) as error:
+            self._index.query("SELECT 1 FROM entries LIMIT 1")
+        except _FAILURES as error:
             raise StoreError(
                 f"The store directory {str(self.directory)!r} cannot be used: {error}. "
                 "Give a directory that is writable or can be created."
             ) from error
 
     @property
-    def _files(self) -> Path:
-        return self.directory / "entries"
-
-    @property
-    def _scratch(self) -> Path:
-        return self.directory / "tmp"
-
-    def _path(self, digest: str) -> Path:
-        return self._files / digest[:2] / f"{digest}.safetensors"
-
-    @property
     def documents(self) -> MutableMapping[str, str]:
-        return Documents(self._documents)
+        return Documents(self._index)
+
+    def _path(self, name: str) -> Path:
+        return self._files / name[:2] / f"{name}.safetensors"
+
+    # Reading
 
     def get(self, key: EntryKey) -> KVEntry | None:
         entry = self._load(key)
         with self._lock:
-            self._hits += entry is not None
-            self._misses += entry is None
+            (self._misses if entry is None else self._hits)[key.namespace] += 1
+            if entry is not None:
+                _, uses = self._touched.get(key.digest, (0.0, 0))
+                self._touched[key.digest] = (time.time(), uses + 1)
         return entry
 
     def _load(self, key: EntryKey) -> KVEntry | None:
         row = self._row(key.digest)
         if row is None:
             return None
-        path = self._path(key.digest)
+        path = self._path(row["name"])
         try:
-            if self._verified.get(key.digest) != row["checksum"]:
-                _verify(path, row)
+            if self.verify == "always" or (
+                self.verify == "first" and self._verified.get(key.digest) != row["checksum"]
+            ):
+                _verify(path, row["size"], row["checksum"])
                 self._verified[key.digest] = row["checksum"]
             return decode(path, key)
-        except (DamagedEntryError, OSError, KeyError) as error:
+        except (DamagedEntryError, FileNotFoundError) as error:
             logger.warning("kvmem: %s is not usable (%s); it is removed and will be computed again", path, error)
-            self._forget(key.digest, key.group, only=row)
-            return None
+            self._forget([key.digest], only=row["checksum"])
+        except OSError as error:
+            self._failed("read", error)
+        return None
 
-    def _row(self, digest: str) -> dict[str, Any] | None:
+    def _row(self, digest: str) -> sqlite3.Row | None:
+        rows = self._rows("SELECT * FROM entries WHERE digest = ? AND (expires IS NULL OR expires > ?)", digest)
+        return rows[0] if rows else None
+
+    def _rows(self, sql: str, *values: str) -> list[sqlite3.Row]:
+        """Rows of a query that ends in a comparison with the present time; none when the index fails."""
         try:
-            row = self._index.get(f"entry:{digest}")
-        except _INDEX_ERRORS as error:
-            logger.warning("kvmem: the index under %s cannot be read (%s)", self.directory, error)
-            return None
-        return row if isinstance(row, dict) else None
-
-    def put(self, entry: KVEntry) -> bool:
-        digest, group = entry.key.digest, entry.key.group
-        data = encode(entry)
-        checksum = xxhash.xxh3_128_hexdigest(data)
-        row = {
-            "namespace": entry.key.namespace,
-            "fingerprint": entry.key.fingerprint,
-            "context": entry.key.context,
-            "tokens": entry.key.tokens,
-            "start": entry.start,
-            "spans": list(entry.spans),
-            "nbytes": entry.nbytes,
-            "size": len(data),
-            "checksum": checksum,
-        }
-        try:
-            with self._written(data) as scratch, self._index.transact(retry=True):
-                # Inside the transaction no other process can write: file and row always belong together.
-                if self._row(digest) is not None and self._path(digest).exists():
-                    return True
-                self._path(digest).parent.mkdir(exist_ok=True)
-                os.replace(scratch, self._path(digest))
-                _sync_directory(self._path(digest).parent)
-                self._index.set(f"entry:{digest}", row)
-                members = self._index.get(f"group:{group}") or []
-                if digest not in members:
-                    self._index.set(f"group:{group}", [*members, digest])
-        except (OSError, *_INDEX_ERRORS) as error:
-            logger.warning("kvmem: an entry could not be stored under %s (%s)", self.directory, error)
-            return False
-        self._verified[digest] = checksum
-        return True
-
-    @contextmanager
-    def _written(self, data: bytes) -> Iterator[Path]:
-        """`data` in a synced temporary file, which is gone afterwards unless it was renamed."""
-        handle, name = tempfile.mkstemp(dir=self._scratch)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            yield Path(name)
-        finally:
-            with suppress(OSError):
-                os.unlink(name)
-
-    def delete(self, key: EntryKey) -> bool:
-        return self._forget(key.digest, key.group)
-
-    def _forget(self, digest: str, group: str, only: dict[str, Any] | None = None) -> bool:
-        """Remove the row and the file; with `only`, unless somebody has replaced that row."""
-        try:
-            with self._index.transact(retry=True):
-                if only is not None and self._row(digest) != only:
-                    return False
-                found = bool(self._index.delete(f"entry:{digest}"))
-                members = [d for d in self._index.get(f"group:{group}") or [] if d != digest]
-                if members:
-                    self._index.set(f"group:{group}", members)
-                else:
-                    self._index.delete(f"group:{group}")
-                with suppress(OSError):
-                    self._path(digest).unlink(missing_ok=True)
-        except _INDEX_ERRORS as error:
-            logger.warning("kvmem: the index under %s cannot be written (%s)", self.directory, error)
-            return False
-        self._verified.pop(digest, None)
-        return found
+            return self._index.query(sql, (*values, time.time()))
+        except _FAILURES as error:
+            self._failed("read", error)
+            return []
 
     def contains(self, key: EntryKey) -> bool:
         return self._row(key.digest) is not None
 
     def find(self, key: EntryKey) -> list[EntryInfo]:
+        rows = self._rows("SELECT * FROM entries WHERE grp = ? AND (expires IS NULL OR expires > ?)", key.group)
+        return [EntryInfo(key_of(row), row["start"], tuple(json.loads(row["spans"])), row["nbytes"]) for row in rows]
+
+    def keys(self, namespace: str | None = None) -> Iterator[EntryKey]:
+        if namespace is None:
+            rows = self._rows("SELECT * FROM entries WHERE expires IS NULL OR expires > ?")
+        else:
+            sql = "SELECT * FROM entries WHERE namespace = ? AND (expires IS NULL OR expires > ?)"
+            rows = self._rows(sql, namespace)
+        return iter([key_of(row) for row in rows])
+
+    def stats(self, namespace: str | None = None) -> StoreStats:
+        if namespace is None:
+            sql = "SELECT COUNT(*) AS n, TOTAL(size) AS b FROM entries WHERE expires IS NULL OR expires > ?"
+            rows, hits, misses = self._rows(sql), self._hits.total(), self._misses.total()
+        else:
+            sql = "SELECT COUNT(*) AS n, TOTAL(size) AS b FROM entries WHERE namespace = ? AND (expires IS NULL OR "
+            rows = self._rows(sql + "expires > ?)", namespace)
+            hits, misses = self._hits[namespace], self._misses[namespace]
+        return StoreStats(rows[0]["n"] if rows else 0, int(rows[0]["b"]) if rows else 0, hits, misses)
+
+    # Writing
+
+    def put(self, entry: KVEntry) -> bool:
         try:
-            members = self._index.get(f"group:{key.group}") or []
-        except _INDEX_ERRORS as error:
-            logger.warning("kvmem: the index under %s cannot be read (%s)", self.directory, error)
-            return []
-        rows = [self._row(digest) for digest in members]
-        return [_info(row) for row in rows if row is not None]
+            if self.contains(entry.key):
+                return True
+            data = encode(entry, self.kv_dtype)
+            name = f"{entry.key.digest}-{secrets.token_hex(4)}"
+            if not self._reserve(entry.key.namespace, name, len(data)):
+                return False
+            try:
+                self._write(name, data)
+                self._admit(entry, name, data)
+            except BaseException:
+                self._unlink([name])
+                raise
+        except _FAILURES as error:
+            self._failed("write", error)
+            return False
+        self._failing = False
+        return True
 
-    def _rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for name in self._index.iterkeys():
-            if name.startswith("entry:") and (row := self._row(name.removeprefix("entry:"))) is not None:
-                yield name.removeprefix("entry:"), row
+    def _reserve(self, namespace: str, name: str, size: int) -> bool:
+        """Room for a file, counted against the limits from now on; False if there can be none."""
+        if not self.limits.fits_at_all(size):
+            logger.warning(
+                "kvmem: an entry of %d bytes is larger than the store may be (%s); it is not kept, and its text will "
+                "be read again. Raise the limit, or split documents into smaller chunks.",
+                size,
+                self.limits,
+            )
+            return False
+        while True:
+            with self._index.transaction() as connection:
+                self._flush_touches(connection)
+                doomed = [row["name"] for row in self._abandoned(connection)]
+                doomed += self._doom(connection, "expires <= ?", time.time())
+                victims = self._victims(connection, namespace, size)
+                if victims is None:
+                    logger.warning("kvmem: an entry of %d bytes is not kept: nothing may give way to it", size)
+                elif not victims and not doomed:
+                    values = (name, namespace, size, os.getpid(), time.time())
+                    connection.execute("INSERT INTO pending VALUES (?, ?, ?, ?, ?)", values)
+                    return True
+                for digest in victims or ():
+                    doomed += self._doom(connection, "digest = ?", digest)
+            self._unlink(doomed)
+            if victims is None:
+                return False
 
-    def keys(self) -> Iterator[EntryKey]:
-        return (key_of(row) for _, row in self._rows())
+    def _victims(self, connection: sqlite3.Connection, namespace: str, size: int) -> list[str] | None:
+        """Entries that have to go before `size` more bytes fit; None if not enough may go."""
+        order = "uses, used" if self.limits.policy == "lfu" else "used"
+        sql = "SELECT namespace, SUM(size) AS b FROM (SELECT namespace, size FROM entries UNION ALL "
+        sql += "SELECT namespace, size FROM pending) GROUP BY namespace"
+        usage = {row["namespace"]: int(row["b"]) for row in connection.execute(sql)}
+        sql = f"SELECT digest, namespace, size FROM entries WHERE pinned = 0 ORDER BY {order}"  # noqa: S608
+        chosen: list[str] = []
+        candidates: list[sqlite3.Row] | None = None
+        while give_way := self.limits.victims(usage, namespace, size):
+            if candidates is None:
+                candidates = connection.execute(sql).fetchall()
+            row = next((row for row in candidates if row["namespace"] in give_way), None)
+            if row is None:
+                return None
+            candidates.remove(row)
+            chosen.append(row["digest"])
+            usage[row["namespace"]] -= row["size"]
+        return chosen
 
-    def stats(self) -> StoreStats:
-        sizes = [row["size"] for _, row in self._rows()]
-        return StoreStats(len(sizes), sum(sizes), self._hits, self._misses)
+    def _write(self, name: str, data: bytes) -> None:
+        """A synced file under its final name."""
+        scratch, path = self._scratch / name, self._path(name)
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(scratch, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def _admit(self, entry: KVEntry, name: str, data: bytes) -> None:
+        """The row of a written file. If another writer was first, the file goes."""
+        key, now, checksum = entry.key, time.time(), xxhash.xxh3_128_hexdigest(data)
+        expires = None if self.limits.ttl is None else now + self.limits.ttl
+        described = (key.digest, name, key.group, key.namespace, key.fingerprint, key.context, key.tokens, entry.start)
+        kept = (json.dumps(entry.spans), entry.nbytes, len(data), checksum, now, 0, 0, expires)
+        with self._index.transaction() as connection:
+            sql = "INSERT OR IGNORE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            first = connection.execute(sql, (*described, *kept)).rowcount > 0
+            if first:
+                connection.execute("DELETE FROM pending WHERE name = ?", (name,))
+        if first:
+            self._verified[key.digest] = checksum
+        else:
+            self._unlink([name])
+
+    def _doom(self, connection: sqlite3.Connection, where: str, *values: object) -> list[str]:
+        """Take rows out and note their files as pending, in one transaction; the files to unlink after it."""
+        sql = f"DELETE FROM entries WHERE {where} RETURNING digest, name, namespace, size"  # noqa: S608
+        rows = connection.execute(sql, values).fetchall()
+        for row in rows:
+            pending = (row["name"], row["namespace"], row["size"], os.getpid(), time.time())
+            connection.execute("INSERT OR REPLACE INTO pending VALUES (?, ?, ?, ?, ?)", pending)
+            self._verified.pop(row["digest"], None)
+        return [row["name"] for row in rows]
+
+    def _unlink(self, names: Sequence[str]) -> None:
+        """Remove files that have no row, and the notes of them."""
+        if not names:
+            return
+        for name in names:
+            for path in (self._scratch / name, self._path(name)):
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+        with suppress(*_FAILURES), self._index.transaction() as connection:
+            connection.executemany("DELETE FROM pending WHERE name = ?", [(name,) for name in names])
+
+    def _abandoned(self, connection: sqlite3.Connection) -> list[sqlite3.Row]:
+        """Pending files of processes that are gone."""
+        rows = connection.execute("SELECT * FROM pending").fetchall()
+        late = time.time() - _ABANDONED_SECONDS
+        return [row for row in rows if row["since"] < late or not _alive(row["pid"])]
+
+    def _flush_touches(self, connection: sqlite3.Connection) -> None:
+        with self._lock:
+            touched, self._touched = self._touched, {}
+        rows = [(used, uses, digest) for digest, (used, uses) in touched.items()]
+        connection.executemany("UPDATE entries SET used = MAX(used, ?), uses = uses + ? WHERE digest = ?", rows)
+
+    def delete(self, key: EntryKey) -> bool:
+        return bool(self._forget([key.digest]))
+
+    def clear(self, namespace: str) -> int:
+        return self._forget(namespace=namespace)
+
+    def _forget(self, digests: list[str] | None = None, namespace: str = "", only: str | None = None) -> int:
+        """Remove entries; with `only`, unless somebody has replaced the one with that checksum."""
+        names: list[str] = []
+        try:
+            with self._index.transaction() as connection:
+                if digests is None:
+                    names += self._doom(connection, "namespace = ?", namespace)
+                for digest in digests or ():
+                    where, extra = ("digest = ?", ()) if only is None else ("digest = ? AND checksum = ?", (only,))
+                    names += self._doom(connection, where, digest, *extra)
+            self._unlink(names)
+        except _FAILURES as error:
+            self._failed("write", error)
+            return 0
+        return len(names)
+
+    def pin(self, key: EntryKey, pinned: bool = True) -> bool:
+        try:
+            with self._index.transaction() as connection:
+                sql = "UPDATE entries SET pinned = ? WHERE digest = ?"
+                return connection.execute(sql, (int(pinned), key.digest)).rowcount > 0
+        except _FAILURES as error:
+            self._failed("write", error)
+            return False
+
+    def _failed(self, what: str, error: Exception) -> None:
+        """One warning, until something works again."""
+        if not self._failing:
+            logger.warning("kvmem: the store under %s cannot %s (%s); texts are read anew", self.directory, what, error)
+        self._failing = True
+
+    # Upkeep
 
     def check(self, fix: bool = False) -> list[Problem]:
-        problems = []
-        known = set()
-        for digest, row in list(self._rows()):
-            path = self._path(digest)
-            known.add(path)
-            try:
-                _verify(path, row)
-                decode(path, key_of(row))
-            except (DamagedEntryError, OSError, KeyError) as error:
-                what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
-                problems.append(Problem(what, f"{path}: {error}", fix))
+        # Listed before the index is read: a file of somebody who begins to write later is not a stray.
+        files = [path for path in (*self._files.rglob("*"), *self._scratch.rglob("*")) if path.is_file()]
+        doomed: list[str] = []
+        with self._index.transaction() as connection:
+            problems = []
+            names = {row["name"] for row in connection.execute("SELECT name FROM pending")}
+            for row in connection.execute("SELECT * FROM entries").fetchall():
+                names.add(row["name"])
+                if (found := self._inspect(row)) is not None:
+                    problems.append(Problem(*found, fix))
+                    doomed += self._doom(connection, "digest = ?", row["digest"]) if fix else []
+            abandoned = sorted(row["name"] for row in self._abandoned(connection))
+            problems += [Problem("temporary", name, fix) for name in abandoned]
+            doomed += abandoned if fix else []
+        for path in files:
+            if path.name.removesuffix(".safetensors") not in names and path.exists():
+                problems.append(Problem("orphan", str(path), fix))
                 if fix:
-                    self._forget(digest, key_of(row).group)
-        strays = [("orphan", p) for p in self._files.rglob("*") if p.is_file() and p not in known]
-        strays += [("temporary", p) for p in self._scratch.iterdir()]
-        for what, path in strays:
-            problems.append(Problem(what, str(path), fix))
-            if fix:
-                path.unlink(missing_ok=True)
+                    path.unlink(missing_ok=True)
+        self._unlink(doomed)
         return problems
 
+    def _inspect(self, row: sqlite3.Row) -> tuple[str, str] | None:
+        """What is wrong with the file of a row, and where."""
+        path = self._path(row["name"])
+        try:
+            _verify(path, row["size"], row["checksum"])
+            decode(path, key_of(row))
+        except FileNotFoundError:
+            return "missing", str(path)
+        except (DamagedEntryError, OSError) as error:
+            return "damaged", f"{path}: {error}"
+        return None
+
     def close(self) -> None:
+        with suppress(*_FAILURES):
+            if self._touched:
+                with self._index.transaction() as connection:
+                    self._flush_touches(connection)
         self._index.close()
-        self._documents.close()
 
 
-def _info(row: dict[str, Any]) -> EntryInfo:
-    return EntryInfo(key_of(row), int(row["start"]), tuple(row["spans"]), int(row["nbytes"]))
-
-
-def _verify(path: Path, row: dict[str, Any]) -> None:
-    """Raise DamagedEntryError unless the file has the size and checksum of its row."""
+def _verify(path: Path, size: int, checksum: str) -> None:
+    """Raise DamagedEntryError unless the file has this size and checksum."""
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != row["size"]:
-            raise DamagedEntryError(f"{size} bytes instead of {row['size']}")
+        found = os.fstat(file.fileno()).st_size
+        if found != size:
+            raise DamagedEntryError(f"{found} bytes instead of {size}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            if xxhash.xxh3_128_hexdigest(view) != row["checksum"]:
+            if xxhash.xxh3_128_hexdigest(view) != checksum:
                 raise DamagedEntryError("its checksum is wrong")
 
 
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _alive(pid: int) -> bool:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

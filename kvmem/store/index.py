@@ -1,72 +1,128 @@
-"""The index beside the entry files: diskcache (SQLite), holding JSON only."""
+"""The index beside the entry files: one SQLite database that several threads and processes may use."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, MutableMapping
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import diskcache
-from diskcache.core import MODE_BINARY, MODE_RAW, UNKNOWN
+from kvmem.errors import StoreError
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS entries (
+    digest TEXT PRIMARY KEY, name TEXT NOT NULL, grp TEXT NOT NULL, namespace TEXT NOT NULL, fingerprint TEXT NOT NULL,
+    context TEXT NOT NULL, tokens TEXT NOT NULL, start INTEGER NOT NULL, spans TEXT NOT NULL,
+    nbytes INTEGER NOT NULL, size INTEGER NOT NULL, checksum TEXT NOT NULL,
+    used REAL NOT NULL, uses INTEGER NOT NULL, pinned INTEGER NOT NULL, expires REAL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_group ON entries (grp);
+CREATE INDEX IF NOT EXISTS by_namespace ON entries (namespace, size);
+CREATE INDEX IF NOT EXISTS by_use ON entries (used);
+-- Files that are about to be written or removed, so that those of a killed process are known.
+CREATE TABLE IF NOT EXISTS pending (name TEXT PRIMARY KEY, namespace TEXT NOT NULL, size INTEGER NOT NULL,
+    pid INTEGER NOT NULL, since REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS documents (name TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;
+"""
 
 
-class JSONDisk(diskcache.Disk):  # type: ignore[misc]
-    """Stores text keys and JSON values as bytes. A row in any other form is an error: nothing is unpickled."""
+class Index:
+    """Rows by SQL. A failed connection is dropped, and opened anew by the next call.
 
-    def put(self, key: Any) -> tuple[Any, bool]:
-        if not isinstance(key, str):
-            raise TypeError(f"keys of the index are text, not {type(key).__name__}")
-        return super().put(key)  # type: ignore[no-any-return]
+    Raises sqlite3.Error and OSError.
+    """
 
-    def get(self, key: Any, raw: bool) -> Any:
-        if not raw or not isinstance(key, str):
-            raise ValueError("a row of the index was not written by kvmem")
-        return key
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._pid = 0
 
-    def store(self, value: Any, read: bool, key: Any = UNKNOWN) -> Any:
-        return super().store(json.dumps(value).encode(), read, key=key)
+    def _connect(self) -> sqlite3.Connection:
+        # A connection must not be used across fork.
+        if self._connection is None or self._pid != os.getpid():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            connection = sqlite3.connect(self._path, timeout=60, isolation_level=None, check_same_thread=False)
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.executescript(_SCHEMA)
+            connection.row_factory = sqlite3.Row
+            self._connection, self._pid = connection, os.getpid()
+        return self._connection
 
-    def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
-        if mode not in (MODE_RAW, MODE_BINARY) or read:
-            raise ValueError("a row of the index was not written by kvmem")
-        return json.loads(super().fetch(mode, filename, value, read))
+    def query(self, sql: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
+        with self._lock, self._guarded() as connection:
+            return connection.execute(sql, values).fetchall()
 
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Inside, nobody else writes: neither threads nor processes. An exception undoes everything."""
+        with self._lock, self._guarded() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
 
-def open_index(directory: Path) -> diskcache.Cache:
-    """A diskcache that never evicts by itself."""
-    return diskcache.Cache(
-        str(directory),
-        disk=JSONDisk,
-        disk_min_file_size=1 << 40,  # everything in SQLite, under its journal; never in files beside it
-        eviction_policy="none",
-        cull_limit=0,
-        size_limit=1 << 62,
-        timeout=60,
-    )
+    @contextmanager
+    def _guarded(self) -> Iterator[sqlite3.Connection]:
+        try:
+            yield self._connect()
+        except sqlite3.Error:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        with self._lock:
+            if self._connection is not None and self._pid == os.getpid():
+                self._connection.close()
+            self._connection = None
 
 
 class Documents(MutableMapping[str, str]):
-    """A mapping of text to text over an index."""
+    """A mapping of text to text over an index. Raises StoreError when the index fails."""
 
-    def __init__(self, cache: diskcache.Cache) -> None:
-        self._cache = cache
+    def __init__(self, index: Index) -> None:
+        self._index = index
+
+    def _query(self, sql: str, *values: str) -> list[sqlite3.Row]:
+        with _told():
+            return self._index.query(sql, values)
 
     def __getitem__(self, name: str) -> str:
-        value = self._cache.get(name)
-        if value is None:
+        rows = self._query("SELECT text FROM documents WHERE name = ?", name)
+        if not rows:
             raise KeyError(name)
-        return str(value)
+        return str(rows[0]["text"])
 
     def __setitem__(self, name: str, text: str) -> None:
-        self._cache.set(name, text)
+        with _told(), self._index.transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO documents VALUES (?, ?)", (name, text))
 
     def __delitem__(self, name: str) -> None:
-        if not self._cache.delete(name):
+        with _told(), self._index.transaction() as connection:
+            removed = connection.execute("DELETE FROM documents WHERE name = ?", (name,)).rowcount
+        if not removed:
             raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(list(self._cache.iterkeys()))
+        return iter([row["name"] for row in self._query("SELECT name FROM documents")])
 
     def __len__(self) -> int:
-        return len(self._cache)
+        return int(self._query("SELECT COUNT(*) AS n FROM documents")[0]["n"])
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise StoreError(
+            f"The documents of the store cannot be read or written: {error}. Free disk space, or check the directory's "
+            "permissions; nothing was changed."
+        ) from error

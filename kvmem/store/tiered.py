@@ -9,7 +9,8 @@ from kvmem.store.base import Problem, Store, StoreStats
 
 
 class TieredStore:
-    """Reads try `fast` first; writes and deletes go to `durable` first, so nothing is only in memory."""
+    """Reads try `fast` first; writes and deletes go to `durable` first, so nothing is only in memory that could be on
+    disk. What `durable` cannot keep, `fast` still may."""
 
     def __init__(self, fast: Store, durable: Store) -> None:
         self.fast, self.durable = fast, durable
@@ -35,17 +36,26 @@ class TieredStore:
         found = self.durable.delete(key)
         return self.fast.delete(key) or found
 
+    def clear(self, namespace: str) -> int:
+        removed = self.durable.clear(namespace)
+        return max(self.fast.clear(namespace), removed)
+
+    def pin(self, key: EntryKey, pinned: bool = True) -> bool:
+        self.fast.pin(key, pinned)
+        return self.durable.pin(key, pinned)
+
     def contains(self, key: EntryKey) -> bool:
         return self.fast.contains(key) or self.durable.contains(key)
 
     def find(self, key: EntryKey) -> list[EntryInfo]:
-        return self.durable.find(key) or self.fast.find(key)
+        above = {info.key: info for info in self.fast.find(key)}
+        return list({**above, **{info.key: info for info in self.durable.find(key)}}.values())
 
-    def keys(self) -> Iterator[EntryKey]:
-        return self.durable.keys()
+    def keys(self, namespace: str | None = None) -> Iterator[EntryKey]:
+        return self.durable.keys(namespace)
 
-    def stats(self) -> StoreStats:
-        below, above = self.durable.stats(), self.fast.stats()
+    def stats(self, namespace: str | None = None) -> StoreStats:
+        below, above = self.durable.stats(namespace), self.fast.stats(namespace)
         return StoreStats(below.entries, below.bytes, above.hits + below.hits, below.misses)
 
     def check(self, fix: bool = False) -> list[Problem]:

@@ -1,0 +1,229 @@
+"""FsspecStore: entries as objects on any file system that fsspec knows (NFS, S3, memory://), shared by many machines.
+
+There is no index. An object's path tells its tokens' group, its key's digest, and the size and checksum of its bytes,
+so that any reader can verify it; everything else is in the object's header.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterator, MutableMapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from kvmem.entry import FORMAT_VERSION, EntryInfo, EntryKey, KVEntry
+from kvmem.errors import StoreError
+from kvmem.store.base import Problem, StoreStats
+from kvmem.store.codec import DamagedEntryError, KVDtype, check_kv_dtype, decode, encode
+
+logger = logging.getLogger("kvmem")
+
+
+class FsspecStore:
+    """Entries under `url`, for example "s3://bucket/kv", "file:///mnt/nfs/kv" or "memory://kv".
+
+    options: handed to fsspec's file system, credentials for example. kv_dtype: as in `DiskStore`.
+    An object becomes visible whole or not at all where the file system moves objects in one step, as S3 and local
+    ones do. There is no budget: use the bucket's own lifecycle rules, and put a `TieredStore` with a `MemoryStore`
+    or a `DiskStore` in front. Raises StoreError when the place cannot be reached at construction.
+    """
+
+    def __init__(self, url: str, *, kv_dtype: KVDtype = "native", **options: Any) -> None:
+        import fsspec
+
+        self.kv_dtype = check_kv_dtype(kv_dtype)
+        self._hits: Counter[str] = Counter()
+        self._misses: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        try:
+            self._fs, root = fsspec.core.url_to_fs(url, **options)
+            self._root = f"{root.rstrip('/')}/v{FORMAT_VERSION}"
+            self._fs.makedirs(f"{self._root}/entries", exist_ok=True)
+            self._fs.makedirs(f"{self._root}/documents", exist_ok=True)
+        except Exception as error:  # every file system has errors of its own
+            raise StoreError(
+                f"The store {url!r} cannot be reached: {error}. Check the address, the credentials, and that "
+                "fsspec's package for it is installed."
+            ) from error
+
+    @property
+    def documents(self) -> MutableMapping[str, str]:
+        return _Documents(self._fs, f"{self._root}/documents")
+
+    def _group(self, namespace: str, group: str) -> str:
+        # The namespace is a directory, hashed, so that it can be listed and cleared without reading objects.
+        return f"{self._root}/entries/{_hash(namespace)}/{group[:2]}/{group}"
+
+    def _objects(self, directory: str) -> list[str]:
+        """Paths of the objects below a directory, as they are now."""
+        self._fs.invalidate_cache()
+        try:
+            return [path for path in self._fs.find(directory) if path.endswith(".safetensors")]
+        except FileNotFoundError:
+            return []
+
+    def _locate(self, key: EntryKey) -> str | None:
+        paths = self._objects(self._group(key.namespace, key.group))
+        return next((path for path in sorted(paths) if _name(path).startswith(key.digest)), None)
+
+    def get(self, key: EntryKey) -> KVEntry | None:
+        entry = self._load(key)
+        with self._lock:
+            (self._misses if entry is None else self._hits)[key.namespace] += 1
+        return entry
+
+    def _load(self, key: EntryKey) -> KVEntry | None:
+        path = None
+        try:
+            path = self._locate(key)
+            return None if path is None else _decode(self._read(path), key)
+        except DamagedEntryError as error:
+            logger.warning("kvmem: %s is not usable (%s); it is removed and will be computed again", path, error)
+            with suppress(Exception):
+                self._fs.rm(path)
+        except Exception as error:  # every file system has errors of its own; a failing one is a miss
+            logger.warning("kvmem: the store at %s cannot be read (%s); texts are read anew", self._root, error)
+        return None
+
+    def _read(self, path: str) -> bytes:
+        data: bytes = self._fs.cat_file(path)
+        _, size, checksum = _name(path).split("-")
+        if len(data) != int(size) or xxhash.xxh3_128_hexdigest(data) != checksum:
+            raise DamagedEntryError("its size or checksum is wrong")
+        return data
+
+    def put(self, entry: KVEntry) -> bool:
+        try:
+            if self._locate(entry.key) is not None:
+                return True
+            data = encode(entry, self.kv_dtype)
+            directory = self._group(entry.key.namespace, entry.key.group)
+            name = f"{entry.key.digest}-{len(data)}-{xxhash.xxh3_128_hexdigest(data)}"
+            self._fs.makedirs(directory, exist_ok=True)
+            self._fs.pipe_file(f"{directory}/{name}.part", data)
+            self._fs.mv(f"{directory}/{name}.part", f"{directory}/{name}.safetensors")
+        except Exception as error:  # every file system has errors of its own; the answer does not depend on it
+            logger.warning("kvmem: an entry could not be stored at %s (%s)", self._root, error)
+            return False
+        return True
+
+    def delete(self, key: EntryKey) -> bool:
+        path = self._locate(key)
+        if path is not None:
+            self._fs.rm(path)
+        return path is not None
+
+    def clear(self, namespace: str) -> int:
+        directory = f"{self._root}/entries/{_hash(namespace)}"
+        count = len(self._objects(directory))
+        if self._fs.exists(directory):
+            self._fs.rm(directory, recursive=True)
+        return count
+
+    def pin(self, key: EntryKey, pinned: bool = True) -> bool:
+        """Nothing is evicted here; True when the entry exists."""
+        return self.contains(key)
+
+    def contains(self, key: EntryKey) -> bool:
+        return self._locate(key) is not None
+
+    def find(self, key: EntryKey) -> list[EntryInfo]:
+        found = (self._describe(path) for path in self._objects(self._group(key.namespace, key.group)))
+        return [info for info in found if info is not None]
+
+    def _describe(self, path: str) -> EntryInfo | None:
+        try:
+            return _decode(self._read(path), None).info
+        except (DamagedEntryError, OSError) as error:
+            logger.warning("kvmem: %s is not usable (%s)", path, error)
+            return None
+
+    def keys(self, namespace: str | None = None) -> Iterator[EntryKey]:
+        below = "" if namespace is None else f"/{_hash(namespace)}"
+        found = (self._describe(path) for path in self._objects(f"{self._root}/entries{below}"))
+        return (info.key for info in found if info is not None)
+
+    def stats(self, namespace: str | None = None) -> StoreStats:
+        below = "" if namespace is None else f"/{_hash(namespace)}"
+        sizes = [int(_name(path).split("-")[1]) for path in self._objects(f"{self._root}/entries{below}")]
+        hits = self._hits.total() if namespace is None else self._hits[namespace]
+        misses = self._misses.total() if namespace is None else self._misses[namespace]
+        return StoreStats(len(sizes), sum(sizes), hits, misses)
+
+    def check(self, fix: bool = False) -> list[Problem]:
+        problems = []
+        self._fs.invalidate_cache()
+        for path in self._fs.find(f"{self._root}/entries"):
+            what = ""
+            try:
+                if path.endswith(".safetensors"):
+                    _decode(self._read(path), None)
+                else:
+                    what = "temporary"
+            except (DamagedEntryError, ValueError) as error:
+                what = f"damaged ({error})"
+            if what:
+                problems.append(Problem(what, path, fix))
+                if fix:
+                    self._fs.rm(path)
+        return problems
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _hash(text: str) -> str:
+    return str(xxhash.xxh3_128_hexdigest(text.encode()))
+
+
+def _name(path: str) -> str:
+    return path.rsplit("/", 1)[-1].removesuffix(".safetensors")
+
+
+def _decode(data: bytes, key: EntryKey | None) -> KVEntry:
+    """The entry in `data`; safetensors reads files, so it passes through a temporary one."""
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        file.write(data)
+        file.flush()
+        return decode(Path(file.name), key)
+
+
+class _Documents(MutableMapping[str, str]):
+    def __init__(self, fs: Any, root: str) -> None:
+        self._fs, self._root = fs, root
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{base64.urlsafe_b64encode(name.encode()).decode()}"
+
+    def __getitem__(self, name: str) -> str:
+        try:
+            data: bytes = self._fs.cat_file(self._path(name))
+        except FileNotFoundError:
+            raise KeyError(name) from None
+        return data.decode()
+
+    def __setitem__(self, name: str, text: str) -> None:
+        try:
+            self._fs.pipe_file(self._path(name), text.encode())
+        except Exception as error:
+            raise StoreError(f"A document could not be kept: {error}. Check that the store can be written.") from error
+
+    def __delitem__(self, name: str) -> None:
+        if not self._fs.exists(self._path(name)):
+            raise KeyError(name)
+        self._fs.rm(self._path(name))
+
+    def __iter__(self) -> Iterator[str]:
+        self._fs.invalidate_cache()
+        names = [path.rsplit("/", 1)[-1] for path in self._fs.find(self._root)]
+        return iter([base64.urlsafe_b64decode(name).decode() for name in names])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
