@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvmem.answer import Answer, Prefill, Source, Timings, Usage
     from kvmem.document import Document
-    from kvmem.engine import KVMem, Stats
+    from kvmem.engine import KVMem
     from kvmem.errors import (
         ClosedError,
         EmptyInputError,
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
         KVMemError,
         ModelError,
         ModelNotFoundError,
-        NotBlendableError,
         PromptTooLongError,
         StoreError,
         UnknownDocumentError,
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from kvmem.model import LanguageModel
     from kvmem.plan import Plan
     from kvmem.settings import BlendSettings, ModelSettings, Settings, SplitSettings, StoreSettings
+    from kvmem.stats import DocumentStats, Stats
     from kvmem.stream import AnswerStream
 
 # Public names by the module they live in; loaded on first use, so that `import kvmem` loads neither torch nor
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _HOME = {
     "kvmem.answer": ("Answer", "Prefill", "Source", "Timings", "Usage"),
     "kvmem.document": ("Document",),
-    "kvmem.engine": ("KVMem", "Stats"),
+    "kvmem.engine": ("KVMem",),
     "kvmem.errors": (
         "ClosedError",
         "EmptyInputError",
@@ -39,7 +39,6 @@ _HOME = {
         "KVMemError",
         "ModelError",
         "ModelNotFoundError",
-        "NotBlendableError",
         "PromptTooLongError",
         "StoreError",
         "UnknownDocumentError",
@@ -47,6 +46,7 @@ _HOME = {
     "kvmem.model": ("LanguageModel",),
     "kvmem.plan": ("Plan",),
     "kvmem.settings": ("BlendSettings", "ModelSettings", "Settings", "SplitSettings", "StoreSettings"),
+    "kvmem.stats": ("DocumentStats", "Stats"),
     "kvmem.stream": ("AnswerStream",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -58,6 +58,7 @@ __all__ = [
     "BlendSettings",
     "ClosedError",
     "Document",
+    "DocumentStats",
     "EmptyInputError",
     "InputError",
     "KVMem",
@@ -66,7 +67,6 @@ __all__ = [
     "ModelError",
     "ModelNotFoundError",
     "ModelSettings",
-    "NotBlendableError",
     "Plan",
     "Prefill",
     "PromptTooLongError",

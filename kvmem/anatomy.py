@@ -45,10 +45,11 @@ def examine(model: LanguageModel) -> Anatomy:
                 past_key_values=cache,
                 use_cache=True,
             )
-        if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        strange = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, DynamicLayer)}
+        if strange:
             raise ModelError(
-                f"{model.name!r} keeps recurrent state beside its KV cache, which cannot be stored by token. "
-                "Use a model whose layers are all attention layers."
+                f"{model.name!r} keeps more than keys and values by token ({', '.join(sorted(strange))}: recurrent "
+                "state, or keys shared between layers), which cannot be stored. Use a model of attention layers only."
             )
         layers: list[Any] = cache.layers
         return layers, [layer.keys[0, :, 0].float().cpu() for layer in layers]

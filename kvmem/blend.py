@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvmem.answer import Usage
 from kvmem.attention import Step
 from kvmem.cache import BlendedLayer
 from kvmem.compose import Stitched
@@ -120,3 +121,24 @@ class _Observer:
             self._model.forward(token_ids, stitched.cache, step, measure)
         self.forwarded += len(token_ids)
         return measure.squared
+
+
+def count_usage(stitched: Stitched, repaired: Repaired, query: int, generated: int) -> Usage:
+    """Tokens by what was done for them; `query` and `generated` are numbers of tokens."""
+    recomputed = set(repaired.recomputed.tolist())
+    counts = {"exact": 0, "computed": query, "reused": 0}
+    for item in stitched.placed:
+        counts[item.origin] += sum(1 for p in range(item.start, item.end) if p not in recomputed)
+    return Usage(
+        exact=counts["exact"],
+        reused=counts["reused"],
+        recomputed=len(recomputed),
+        computed=counts["computed"],
+        generated=generated,
+        forwarded=stitched.forwarded + repaired.forwarded + (query - _read(repaired, query)),
+    )
+
+
+def _read(repaired: Repaired, query: int) -> int:
+    """How many of the query's tokens the repair read; generation reads the last one."""
+    return query if repaired.logits is not None else query - 1

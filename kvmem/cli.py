@@ -130,10 +130,11 @@ def stats(
         for row in found.by_document:
             counts = f"{row.chunks} chunks, {row.tokens} tokens, {row.entries} entries, {row.bytes / 1e6:.1f} MB"
             out.print(f"{row.document_id}  {counts}", highlight=False, markup=False, soft_wrap=True)
-        kept = found.store
+        kept, rate = found.store, found.store.hit_rate
         out.print(
             f"In namespace {namespace}: {found.documents} documents, {found.chunks} chunks, {found.tokens} tokens; "
-            f"{kept.entries} entries, {kept.bytes / 1e6:.1f} MB kept, other texts that were read included",
+            f"{kept.entries} entries, {kept.bytes / 1e6:.1f} MB kept, other texts that were read included; "
+            f"hit rate {'unknown' if rate is None else format(rate, '.0%')}",
             highlight=False,
             markup=False,
             soft_wrap=True,
@@ -145,7 +146,7 @@ def doctor(
     store: StorePath = DEFAULT_STORE,
     fix: Annotated[bool, typer.Option("--fix", help="Remove what is damaged or left over.")] = False,
 ) -> None:
-    """Look for inconsistencies in a store. Exit code 1 if there are any that were not mended."""
+    """Look for inconsistencies in a store, and count by namespace. Exit code 1 if any were not mended."""
     with _errors():
         if not store.is_dir():
             raise StoreError(f"There is no store at {str(store)!r}. Give the directory that --store named.")
@@ -153,6 +154,10 @@ def doctor(
 
         opened = DiskStore(store)
         problems = opened.check(fix)
+        for name in sorted({key.namespace for key in opened.keys()}):  # noqa: SIM118
+            kept = opened.stats(name)
+            line = f"namespace {name}: {kept.entries} entries, {kept.bytes / 1e6:.1f} MB"
+            out.print(line, highlight=False, markup=False, soft_wrap=True)
         opened.close()
     for problem in problems:
         mended = " (removed)" if problem.fixed else ""
@@ -268,6 +273,18 @@ def bench_store(
         write_json(output / f"store-{Path(model).stem}.json", result)
         for part in benchmark.table(result):
             out.print(part)
+
+
+@bench.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="A directory of JSON results.")] = Path("docs/benchmarks"),
+    output: Annotated[Path, typer.Option(help="The Markdown file to write.")] = Path("docs/benchmarks.md"),
+) -> None:
+    """Render results as Markdown."""
+    from kvmem.bench.report import render
+
+    output.write_text(render(results), encoding="utf-8")
+    out.print(f"Wrote {output}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

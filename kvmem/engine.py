@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -17,8 +16,8 @@ from weakref import WeakSet
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvmem.answer import Answer, Prefill, Timings, Usage
-from kvmem.blend import Repaired, repair
+from kvmem.answer import Answer, Prefill, Timings
+from kvmem.blend import count_usage, repair
 from kvmem.compose import Composer, Resident, Stitched
 from kvmem.corpus import Corpus, chunks_of
 from kvmem.document import Document, Metadata, as_document
@@ -28,38 +27,15 @@ from kvmem.model import LanguageModel
 from kvmem.prompt import DEFAULT_SYSTEM, Span
 from kvmem.request import Context, Request, RequestBuilder
 from kvmem.retrieve import BM25Retriever, Retriever
-from kvmem.settings import BlendSettings, ModelSettings, Settings, StoreSettings
-from kvmem.store.base import Store, StoreStats
-from kvmem.store.disk import DiskStore
-from kvmem.store.memory import MemoryStore
-from kvmem.store.tiered import TieredStore
+from kvmem.settings import BlendSettings, ModelSettings, Settings
+from kvmem.stats import DocumentStats, Stats
+from kvmem.store.base import Store
+from kvmem.store.open import open_store
 from kvmem.stream import AnswerStream, Listener
 
 T = TypeVar("T")
+logger = logging.getLogger("kvmem")
 Spans = list[Span]  # inside KVMem, `list` is its method
-
-
-@dataclass(frozen=True)
-class DocumentStats:
-    """One document: its chunks and tokens, and the entries and bytes of KV kept of them, in any context."""
-
-    document_id: str
-    chunks: int
-    tokens: int
-    entries: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Stats:
-    """documents, chunks, tokens: of the corpus. store: what is kept in this namespace, of the corpus and of
-    everything else read."""
-
-    documents: int
-    chunks: int
-    tokens: int
-    store: StoreStats
-    by_document: tuple[DocumentStats, ...]
 
 
 class KVMem:
@@ -88,11 +64,14 @@ class KVMem:
         self.settings = Settings.parse(settings, overrides)
         self.model = self._open_model(model, tokenizer, overrides)
         self._owns_store = store is None or isinstance(store, (str, os.PathLike))
-        self.store = _open_store(store, self.settings.storage)
+        self.store = open_store(store, self.settings.storage)
         self.retriever: Retriever = retriever or BM25Retriever()
         namespace = self.settings.namespace
         # Both are looked up by the first question otherwise, which would wait for them.
         _ = self.model.fingerprint, self.model.anatomy
+        if not self.model.blendable:
+            reason = self.model.anatomy.reason
+            logger.warning("kvmem: %s reuses exact prefixes only, since %s", self.model.name, reason)
         self._corpus = Corpus(self.store, self.model, namespace, self.settings.split)
         self._requests = RequestBuilder(self.model, self._corpus, self.retriever, self.settings)
         preamble = self._requests.frame(DEFAULT_SYSTEM).prefix
@@ -148,6 +127,16 @@ class KVMem:
     def remove(self, id: str) -> None:  # noqa: A002
         """Remove a document and every cache of text that no other document has. Raises UnknownDocumentError."""
         self._run(lambda: self._forget(self._corpus.remove(id)))
+
+    def clear(self) -> None:
+        """Remove every document and every cache of this namespace."""
+        self._run(self._clear)
+
+    def _clear(self) -> None:
+        for document in tuple(self._corpus):
+            self._corpus.remove(document.id)
+        self._resident = None
+        self.store.clear(self.settings.namespace)
 
     def stats(self) -> Stats:
         """Counts of the corpus and of the store."""
@@ -282,7 +271,7 @@ class KVMem:
             ready = time.perf_counter()
             self._save(stitched, settings)
             timings = self._timings(request, after_stitch, ready, ready)
-            usage = _usage(stitched, repaired, len(request.prompt.query), 0)
+            usage = count_usage(stitched, repaired, len(request.prompt.query), 0)
             assert repaired.logits is not None  # noqa: S101
             token_ids = torch.tensor(request.prompt.token_ids, dtype=torch.long)
             return Prefill(token_ids, stitched.cache, repaired.logits, usage, request.plan, timings)
@@ -303,7 +292,7 @@ class KVMem:
         return Answer(
             text=generated.text,
             sources=request.sources,
-            usage=_usage(stitched, repaired, len(request.prompt.query), len(generated.token_ids)),
+            usage=count_usage(stitched, repaired, len(request.prompt.query), len(generated.token_ids)),
             plan=request.plan,
             timings=self._timings(request, after_stitch, after_repair, generated.first_token),
             finish_reason=generated.finish_reason,
@@ -394,38 +383,3 @@ class KVMem:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _usage(stitched: Stitched, repaired: Repaired, query: int, generated: int) -> Usage:
-    recomputed = set(repaired.recomputed.tolist())
-    counts = {"exact": 0, "computed": query, "reused": 0}
-    for item in stitched.placed:
-        counts[item.origin] += sum(1 for p in range(item.start, item.end) if p not in recomputed)
-    return Usage(
-        exact=counts["exact"],
-        reused=counts["reused"],
-        recomputed=len(recomputed),
-        computed=counts["computed"],
-        generated=generated,
-        forwarded=stitched.forwarded + repaired.forwarded + (query - _read(repaired, query)),
-    )
-
-
-def _read(repaired: Repaired, query: int) -> int:
-    """How many of the query's tokens the repair read; generation reads the last one."""
-    return query if repaired.logits is not None else query - 1
-
-
-def _open_store(store: str | os.PathLike[str] | Store | None, settings: StoreSettings) -> Store:
-    if store is not None and not isinstance(store, (str, os.PathLike)):
-        return store
-    shared: Any = {
-        "namespace_bytes": settings.namespace_bytes,
-        "policy": settings.eviction,
-        "ttl": settings.ttl,
-    }
-    memory = MemoryStore(settings.memory_bytes, **shared)
-    if store is None:
-        return memory
-    options: Any = {"max_bytes": settings.disk_bytes, "kv_dtype": settings.kv_dtype, "verify": settings.verify}
-    return TieredStore(memory, DiskStore(Path(store), **options, **shared))

@@ -6,8 +6,7 @@
     │   └── PromptTooLongError   does not fit the model's window, even after retrieval
     ├── UnknownDocumentError     no document with that id (also a LookupError)
     ├── ModelError
-    │   ├── ModelNotFoundError   no such path, hub id or alias
-    │   └── NotBlendableError    the model's caches cannot be moved to other positions
+    │   └── ModelNotFoundError   no such path, hub id or alias
     ├── StoreError               the store directory cannot be used
     └── ClosedError              the KVMem was closed
 
@@ -41,10 +40,6 @@ class ModelError(KVMemError):
 
 class ModelNotFoundError(ModelError):
     """There is no model at that path, hub id or alias."""
-
-
-class NotBlendableError(ModelError):
-    """Caches of this model cannot be moved to other positions and repaired."""
 
 
 class StoreError(KVMemError):

@@ -57,9 +57,6 @@ class Turn:
     sin: Tensor
     pairing: Pairing
 
-    def rows(self, index: Tensor | slice) -> Turn:
-        return Turn(self.cos[index], self.sin[index], self.pairing)
-
     def inverse(self) -> Turn:
         return Turn(self.cos, -self.sin, self.pairing)
 

@@ -9,6 +9,7 @@ import pytest
 from kvmem import InputError, LanguageModel
 from kvmem.bench import fidelity
 from kvmem.bench.common import bootstrap, load_questions, write_json
+from kvmem.bench.report import render
 from kvmem.testing import tiny_model
 
 
@@ -53,6 +54,12 @@ def test_questions_that_cannot_be_read_are_an_error_with_an_example(tmp_path: Pa
     (tmp_path / "x.json").write_text('[{"question": "?"}]')
     with pytest.raises(InputError, match="ctxs"):
         load_questions(tmp_path / "x.json")
+
+
+def test_the_benchmarks_page_is_what_its_results_say() -> None:
+    """docs/benchmarks.md is rendered from the JSON beside it, to the letter."""
+    docs = Path(__file__).parents[1] / "docs"
+    assert (docs / "benchmarks.md").read_text() == render(docs / "benchmarks")
 
 
 def test_the_bootstrap_covers_the_mean() -> None:

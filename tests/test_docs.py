@@ -41,7 +41,7 @@ def test_readme_commands_run(tmp_path: Path) -> None:
     """The kvmem commands run one after the other, as a reader would type them."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     output = [run(shlex.split(line), tmp_path) for line in COMMANDS if line.startswith("kvmem ")]
-    assert len(output) == 4
+    assert len(output) == 5
     assert "prompt tokens" in output[1]
 
 

@@ -263,6 +263,7 @@ def test_stop_strings_and_max_tokens_and_temperature_take_effect(mem: KVMem) -> 
     hot = [mem.ask("What is due?", max_tokens=30, temperature=5.0, seed=seed).text for seed in (1, 1, 2)]
     assert hot[0] == hot[1]
     assert len({greedy.text, *hot}) == 3
+    assert mem.ask("What is due?", max_tokens=30, temperature=1e-5, seed=1).text == greedy.text
 
 
 def test_closing_a_stream_early_frees_the_engine(mem: KVMem) -> None:
@@ -419,12 +420,16 @@ def test_a_store_that_was_handed_in_stays_open(model: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}])
-def test_a_model_that_cannot_be_blended_reuses_exactly_and_says_why(rope: dict[str, Any], tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_blended_reuses_exactly_and_says_why(
+    rope: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """GPT-2 and dynamic NTK: same order, exact; another order, read anew. Always the logits of full prefill."""
     for model in (tiny_model("gpt2", n_positions=2048), tiny_model("llama", rope_parameters=rope)):
         assert not model.blendable
+        caplog.clear()
         assert "position" in model.anatomy.reason
         with open_mem(model, tmp_path / model.name) as mem:
+            assert model.anatomy.reason in caplog.text
             mem.prefill("Which?", context=TEXTS)
             again = mem.prefill("Which?", context=TEXTS)
             assert again.usage.exact > 200

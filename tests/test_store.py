@@ -363,6 +363,42 @@ def test_an_object_store_that_cannot_be_reached_says_so() -> None:
         FsspecStore("nonsense://x")
 
 
+def test_an_entry_larger_than_the_budget_is_told_and_the_answer_is_right(
+    tmp_path: Path, model: LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a budget smaller than one entry, nothing is kept on disk, and answers are as without."""
+    with open_mem(model, None) as unlimited, open_mem(model, tmp_path / "kv", disk_bytes=2000) as mem:
+        assert mem.ask("What?", context=["A text."]).text == unlimited.ask("What?", context=["A text."]).text
+        assert mem.stats().store.entries == 0
+    assert any("larger than the store may be" in record.message for record in caplog.records)
+
+
+def test_a_budget_on_disk_holds_and_the_corpus_survives_it(tmp_path: Path, model: LanguageModel) -> None:
+    """Documents are not evicted, only their KV; what was evicted is read again."""
+    texts = [f"Text {n}: " + "word " * 12 for n in range(8)]
+    with open_mem(model, tmp_path / "kv", disk_bytes=150_000, memory_bytes=0) as mem:
+        for n, text in enumerate(texts):
+            mem.add(text, id=str(n))
+        assert mem.stats().store.bytes <= 150_000
+        assert mem.stats().documents == 8
+        assert mem.ask("What?").usage.prompt > 500
+        mem.clear()
+        assert mem.stats().documents == mem.stats().store.entries == 0
+
+
+def test_the_hit_rate_survives_a_restart(tmp_path: Path) -> None:
+    """Hits and misses are counted on, by namespace."""
+    for _ in range(2):
+        store = DiskStore(tmp_path)
+        store.put(make_entry())
+        store.get(make_entry().key)
+        store.get(make_entry(seed=9, namespace="b").key)
+        store.close()
+    stats = DiskStore(tmp_path).stats("default")
+    assert (stats.hits, stats.misses, stats.hit_rate) == (2, 0, 1.0)
+    assert DiskStore(tmp_path).stats().misses == 2
+
+
 def test_limits_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     """Negative budgets, unknown policies, dtypes and ways to verify."""
     wrong: list[dict[str, Any]] = [

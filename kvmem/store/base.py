@@ -11,7 +11,7 @@ from kvmem.entry import EntryInfo, EntryKey, KVEntry
 
 @dataclass(frozen=True)
 class StoreStats:
-    """entries, bytes: what is kept now. hits, misses: of `get` since this store was opened."""
+    """entries, bytes: what is kept now. hits, misses: of `get`; a durable store goes on counting after a restart."""
 
     entries: int
     bytes: int

@@ -93,7 +93,8 @@ def decode(path: Path, key: EntryKey | None) -> KVEntry:
             keys = tuple(_tensor(file, names, f"keys.{n}", dtype) for n in groups)
             values = tuple(_tensor(file, names, f"values.{n}", dtype) for n in groups)
             return KVEntry(key, token_ids, int(header["start"]), tuple(json.loads(header["spans"])), keys, values)
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+    # RuntimeError is what torch raises when a file that was there a moment ago cannot be mapped.
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise DamagedEntryError(str(error)) from error
 
 

@@ -117,8 +117,9 @@ class DiskStore:
                 self._verified[key.digest] = row["checksum"]
             return decode(path, key)
         except (DamagedEntryError, FileNotFoundError) as error:
-            logger.warning("kvmem: %s is not usable (%s); it is removed and will be computed again", path, error)
-            self._forget([key.digest], only=row["checksum"])
+            # Another process may just have evicted the entry: then there is nothing wrong, and no row any more.
+            if self._forget([key.digest], only=row["checksum"]):
+                logger.warning("kvmem: %s was not usable (%s); it is removed and will be computed again", path, error)
         except OSError as error:
             self._failed("read", error)
         return None
@@ -153,12 +154,25 @@ class DiskStore:
     def stats(self, namespace: str | None = None) -> StoreStats:
         if namespace is None:
             sql = "SELECT COUNT(*) AS n, TOTAL(size) AS b FROM entries WHERE expires IS NULL OR expires > ?"
-            rows, hits, misses = self._rows(sql), self._hits.total(), self._misses.total()
+            rows, counted = self._rows(sql), self._counters("1 OR ?", "")
         else:
             sql = "SELECT COUNT(*) AS n, TOTAL(size) AS b FROM entries WHERE namespace = ? AND (expires IS NULL OR "
-            rows = self._rows(sql + "expires > ?)", namespace)
-            hits, misses = self._hits[namespace], self._misses[namespace]
+            rows, counted = self._rows(sql + "expires > ?)", namespace), self._counters("namespace = ?", namespace)
+        with self._lock:
+            names = [namespace] if namespace is not None else [*{*self._hits, *self._misses}]
+            hits = counted[0] + sum(self._hits[name] for name in names)
+            misses = counted[1] + sum(self._misses[name] for name in names)
         return StoreStats(rows[0]["n"] if rows else 0, int(rows[0]["b"]) if rows else 0, hits, misses)
+
+    def _counters(self, where: str, value: str) -> tuple[int, int]:
+        """Hits and misses that were written down."""
+        sql = f"SELECT TOTAL(hits) AS h, TOTAL(misses) AS m FROM counters WHERE {where}"  # noqa: S608
+        try:
+            row = self._index.query(sql, (value,))[0]
+        except _FAILURES as error:
+            self._failed("read", error)
+            return 0, 0
+        return int(row["h"]), int(row["m"])
 
     # Writing
 
@@ -194,7 +208,7 @@ class DiskStore:
             return False
         while True:
             with self._index.transaction() as connection:
-                self._flush_touches(connection)
+                self._flush_uses(connection)
                 doomed = [row["name"] for row in self._abandoned(connection)]
                 doomed += self._doom(connection, "expires <= ?", time.time())
                 victims = self._victims(connection, namespace, size)
@@ -289,9 +303,15 @@ class DiskStore:
         late = time.time() - _ABANDONED_SECONDS
         return [row for row in rows if row["since"] < late or not _alive(row["pid"])]
 
-    def _flush_touches(self, connection: sqlite3.Connection) -> None:
+    def _flush_uses(self, connection: sqlite3.Connection) -> None:
         with self._lock:
             touched, self._touched = self._touched, {}
+            counted = [(name, self._hits[name], self._misses[name]) for name in {*self._hits, *self._misses}]
+            self._hits.clear()
+            self._misses.clear()
+        sql = "INSERT INTO counters VALUES (?, ?, ?) ON CONFLICT (namespace) "
+        sql += "DO UPDATE SET hits = hits + excluded.hits, misses = misses + excluded.misses"
+        connection.executemany(sql, counted)
         rows = [(used, uses, digest) for digest, (used, uses) in touched.items()]
         connection.executemany("UPDATE entries SET used = MAX(used, ?), uses = uses + ? WHERE digest = ?", rows)
 
@@ -371,9 +391,9 @@ class DiskStore:
 
     def close(self) -> None:
         with suppress(*_FAILURES):
-            if self._touched:
+            if self._touched or self._misses:
                 with self._index.transaction() as connection:
-                    self._flush_touches(connection)
+                    self._flush_uses(connection)
         self._index.close()
 
 

@@ -25,6 +25,8 @@ CREATE INDEX IF NOT EXISTS by_use ON entries (used);
 -- Files that are about to be written or removed, so that those of a killed process are known.
 CREATE TABLE IF NOT EXISTS pending (name TEXT PRIMARY KEY, namespace TEXT NOT NULL, size INTEGER NOT NULL,
     pid INTEGER NOT NULL, since REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS counters (namespace TEXT PRIMARY KEY, hits INTEGER NOT NULL, misses INTEGER NOT NULL)
+    WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS documents (name TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import Counter
@@ -12,8 +11,6 @@ from dataclasses import dataclass
 from kvmem.entry import EntryInfo, EntryKey, KVEntry
 from kvmem.store.base import Problem, StoreStats
 from kvmem.store.limits import Limits, Policy
-
-logger = logging.getLogger("kvmem")
 
 
 @dataclass(eq=False)
