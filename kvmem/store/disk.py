@@ -34,7 +34,7 @@ _ABANDONED_SECONDS = 600.0
 
 
 class DiskStore:
-    """Entries under `directory`, which several processes may share.
+    """Entries under `directory`, which several processes of one machine may share (machines: `FsspecStore`).
 
     A file is written under a temporary name, synced and renamed; only then its index row is written, and a row is
     deleted before its file. Files have names of their own, so that nobody's delete can hit another's put; those under
