@@ -198,7 +198,7 @@ def test_memory_stays_within_its_budget() -> None:
 def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When writing fails, put is False, and neither a file nor a row is left."""
     store = DiskStore(tmp_path)
-    monkeypatch.setattr("kvmem.store.disk.os.fsync", _no_space)
+    monkeypatch.setattr("kvmem.store.files.os.fsync", _no_space)
     assert not store.put(make_entry())
     monkeypatch.undo()
     assert store.check() == []
@@ -286,7 +286,7 @@ def test_a_file_system_that_fails_is_told_once_and_recovers(
 ) -> None:
     """While writing fails, put is False with one warning; when it works again, so does the store."""
     store = DiskStore(tmp_path / "kv")
-    monkeypatch.setattr("kvmem.store.disk.os.fsync", _no_space)
+    monkeypatch.setattr("kvmem.store.files.os.fsync", _no_space)
     assert not any(store.put(make_entry(seed=n)) for n in range(5))
     assert len(caplog.records) == 1
     monkeypatch.undo()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import mmap
 import os
 import secrets
 import sqlite3
@@ -22,6 +21,7 @@ from kvmem.entry import FORMAT_VERSION, EntryInfo, EntryKey, KVEntry
 from kvmem.errors import InputError, StoreError
 from kvmem.store.base import Problem, StoreStats
 from kvmem.store.codec import DamagedEntryError, KVDtype, check_kv_dtype, decode, encode, key_of
+from kvmem.store.files import EntryFiles, verify_file
 from kvmem.store.index import Documents, Index
 from kvmem.store.limits import Limits, Policy
 
@@ -68,7 +68,7 @@ class DiskStore:
         self.verify = verify
         self.directory = Path(directory).expanduser()
         root = self.directory / f"v{FORMAT_VERSION}"
-        self._files, self._scratch = root / "entries", root / "tmp"
+        self._files = EntryFiles(root)
         self._index = Index(root / "index.sqlite")
         self._verified: dict[str, str] = {}
         self._touched: dict[str, tuple[float, int]] = {}
@@ -77,8 +77,7 @@ class DiskStore:
         self._failing = False
         self._lock = threading.Lock()
         try:
-            self._files.mkdir(parents=True, exist_ok=True)
-            self._scratch.mkdir(exist_ok=True)
+            self._files.create()
             self._index.query("SELECT 1 FROM entries LIMIT 1")
         except _FAILURES as error:
             raise StoreError(
@@ -89,9 +88,6 @@ class DiskStore:
     @property
     def documents(self) -> MutableMapping[str, str]:
         return Documents(self._index)
-
-    def _path(self, name: str) -> Path:
-        return self._files / name[:2] / f"{name}.safetensors"
 
     # Reading
 
@@ -108,12 +104,12 @@ class DiskStore:
         row = self._row(key.digest)
         if row is None:
             return None
-        path = self._path(row["name"])
+        path = self._files.path(row["name"])
         try:
             if self.verify == "always" or (
                 self.verify == "first" and self._verified.get(key.digest) != row["checksum"]
             ):
-                _verify(path, row["size"], row["checksum"])
+                verify_file(path, row["size"], row["checksum"])
                 self._verified[key.digest] = row["checksum"]
             return decode(path, key)
         except (DamagedEntryError, FileNotFoundError) as error:
@@ -185,7 +181,7 @@ class DiskStore:
             if not self._reserve(entry.key.namespace, name, len(data)):
                 return False
             try:
-                self._write(name, data)
+                self._files.write(name, data)
                 self._admit(entry, name, data)
             except BaseException:
                 self._unlink([name])
@@ -244,22 +240,6 @@ class DiskStore:
             usage[row["namespace"]] -= row["size"]
         return chosen
 
-    def _write(self, name: str, data: bytes) -> None:
-        """A synced file under its final name."""
-        scratch, path = self._scratch / name, self._path(name)
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(scratch, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
     def _admit(self, entry: KVEntry, name: str, data: bytes) -> None:
         """The row of a written file. If another writer was first, the file goes."""
         key, now, checksum = entry.key, time.time(), xxhash.xxh3_128_hexdigest(data)
@@ -291,9 +271,7 @@ class DiskStore:
         if not names:
             return
         for name in names:
-            for path in (self._scratch / name, self._path(name)):
-                with suppress(OSError):
-                    path.unlink(missing_ok=True)
+            self._files.remove(name)
         with suppress(*_FAILURES), self._index.transaction() as connection:
             connection.executemany("DELETE FROM pending WHERE name = ?", [(name,) for name in names])
 
@@ -356,7 +334,7 @@ class DiskStore:
 
     def check(self, fix: bool = False) -> list[Problem]:
         # Listed before the index is read: a file of somebody who begins to write later is not a stray.
-        files = [path for path in (*self._files.rglob("*"), *self._scratch.rglob("*")) if path.is_file()]
+        files = self._files.all()
         doomed: list[str] = []
         with self._index.transaction() as connection:
             problems = []
@@ -379,9 +357,9 @@ class DiskStore:
 
     def _inspect(self, row: sqlite3.Row) -> tuple[str, str] | None:
         """What is wrong with the file of a row, and where."""
-        path = self._path(row["name"])
+        path = self._files.path(row["name"])
         try:
-            _verify(path, row["size"], row["checksum"])
+            verify_file(path, row["size"], row["checksum"])
             decode(path, key_of(row))
         except FileNotFoundError:
             return "missing", str(path)
@@ -395,17 +373,6 @@ class DiskStore:
                 with self._index.transaction() as connection:
                     self._flush_uses(connection)
         self._index.close()
-
-
-def _verify(path: Path, size: int, checksum: str) -> None:
-    """Raise DamagedEntryError unless the file has this size and checksum."""
-    with open(path, "rb") as file:
-        found = os.fstat(file.fileno()).st_size
-        if found != size:
-            raise DamagedEntryError(f"{found} bytes instead of {size}")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            if xxhash.xxh3_128_hexdigest(view) != checksum:
-                raise DamagedEntryError("its checksum is wrong")
 
 
 def _alive(pid: int) -> bool:
