@@ -21,7 +21,7 @@ from kvmem.blend import count_usage, repair
 from kvmem.compose import Composer, Resident, Stitched
 from kvmem.corpus import Corpus, chunks_of
 from kvmem.document import Document, Metadata, as_document
-from kvmem.errors import ClosedError, InputError
+from kvmem.errors import ClosedError, InputError, PromptTooLongError
 from kvmem.generate import Sampling, generate
 from kvmem.model import LanguageModel
 from kvmem.prompt import DEFAULT_SYSTEM, Span
@@ -109,7 +109,14 @@ class KVMem:
     def _add(self, new: Document) -> Document:
         old = self._corpus.find(new.id)
         added = self._corpus.put(new)
-        self._read(added, anew=old is None)
+        try:
+            self._read(added, anew=old is None)
+        except BaseException:
+            if old is None:
+                self._corpus.remove(added.id)
+            else:
+                self._corpus.put(old)
+            raise
         if old is not None:
             self._forget(old)
         return added
@@ -160,6 +167,11 @@ class KVMem:
             return
         run: Spans = []
         for span in (self._corpus.span(chunk) for chunk in chunks_of(document)):
+            if len(prefix) + len(span) > self.model.window:
+                raise PromptTooLongError(
+                    f"A chunk of {len(span)} tokens does not fit the model's window of {self.model.window}. "
+                    "Give smaller chunks, or let kvmem split the text."
+                )
             if run and len(prefix) + sum(map(len, run)) + len(span) > self.model.window:
                 self._keep(self._stitch([prefix, *run]))
                 run = []

@@ -399,6 +399,17 @@ def test_calling_back_into_the_engine_is_an_error_not_a_deadlock(mem: KVMem) -> 
     assert mem.ask("What?", context=TEXTS).usage.generated > 0
 
 
+def test_a_document_that_cannot_be_read_leaves_the_corpus_as_it_was(mem: KVMem) -> None:
+    """A chunk longer than the window is an error; neither a new document nor a replacement stays behind."""
+    mem.add(TEXTS[0], id="a")
+    huge = "word " * 3000
+    for name in ("a", "b"):
+        with pytest.raises(kvmem.PromptTooLongError, match="smaller chunks"):
+            mem.add(kvmem.Document(name, huge, {}, (huge,)))
+    assert [document.id for document in mem.list()] == ["a"]
+    assert mem.get("a").text == TEXTS[0]
+
+
 def test_closing_cancels_what_runs_and_what_waits(model: LanguageModel) -> None:
     """close() returns soon; a waiting answer raises ClosedError."""
     mem = open_mem(model, None)
