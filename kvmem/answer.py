@@ -24,8 +24,8 @@ class Usage:
     recomputed: taken from another context, then computed again in this one.
     computed: read now because it was not in the store, or the question itself.
     generated: tokens of the answer.
-    forwarded: all tokens that went through the model before generation, those twice that went twice
-        (the question is read once more to find what it attends to).
+    token_layers: the model's work before generation, in tokens x layers. It holds what the four classes do not
+        show: that the question is read once more, through some of the layers, to find what it attends to.
     """
 
     exact: int
@@ -33,7 +33,7 @@ class Usage:
     recomputed: int
     computed: int
     generated: int
-    forwarded: int
+    token_layers: int
 
     @property
     def prompt(self) -> int:
@@ -44,8 +44,9 @@ class Usage:
 class Timings:
     """Seconds. All begin at the call.
 
-    prepare: until the plan stands. stitch: loading, moving and reading chunks. repair: scoring and
-    recomputing. first_token: from the call until the first token of the answer, all of the above inside.
+    prepare: until the plan stands. stitch: loading, moving and reading chunks. repair: choosing and recomputing
+    tokens and reading the question, up to the first token. first_token: from the call until the first token of the
+    answer, the sum of the three.
     total: until the answer is complete and everything new is stored.
     """
 

@@ -7,7 +7,9 @@ relies on `is_causal` for a subset, which aligns to a corner and lets early toke
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,9 +20,11 @@ from transformers import AttentionInterface
 from kvmem.settings import AttentionName
 
 ATTENTION = "kvmem"
-ROWS_PER_BLOCK = 128
-# Masks are shared by the layers of a step unless they would take more than this many bytes.
-MASK_BYTES = 64 << 20
+ROWS_PER_BLOCK = 96
+# Masks are shared by the layers of a step unless they would cover more than this many pairs.
+MASK_PAIRS = 16 << 20
+# From so many keys on that all rows of a block see, they are attended to without a mask.
+SPLIT_FROM = 256
 
 
 @dataclass(eq=False)
@@ -31,12 +35,19 @@ class Step:
     scored_layers: the layers whose attention is observed.
     scores: float32 [total]; each scored layer adds its attention to every key position, averaged over heads
         and over the m rows.
+    final_layer: the model's last one, if of its output only the last token's is wanted; the other rows need no
+        attention there, since their keys and values do not depend on it.
+    partial: the forward is for the scores only, and ends (with `Enough`) in the last scored layer.
+    layers_entered, layers_seen: how many layers have computed keys, and how many have attended, so far.
     """
 
     positions: Tensor
     backend: AttentionName = "sdpa"
     scored_layers: frozenset[int] = frozenset()
     scores: Tensor | None = None
+    final_layer: int | None = None
+    partial: bool = False
+    layers_entered: int = 0
     layers_seen: int = 0
     _blocks: dict[int | None, list[Block]] = field(default_factory=dict)
 
@@ -44,6 +55,11 @@ class Step:
         self.start = int(self.positions[0])
         self.end = int(self.positions[-1]) + 1
         self.contiguous = self.end - self.start == self.positions.numel()
+
+    @property
+    def token_layers(self) -> int:
+        """Tokens x layers computed so far."""
+        return self.positions.numel() * self.layers_entered
 
     def blocks(self, window: int | None) -> list[Block]:
         """The rows in blocks, each with the range of keys it can see."""
@@ -53,40 +69,58 @@ class Step:
 
     def _cut(self, window: int | None) -> list[Block]:
         host = self.positions.tolist()
+        count = math.ceil(len(host) / ROWS_PER_BLOCK)
+        edges = [len(host) * i // count for i in range(count + 1)]
         blocks = []
-        for first in range(0, len(host), ROWS_PER_BLOCK):
-            last = min(first + ROWS_PER_BLOCK, len(host))
+        for first, last in pairwise(edges):
             low = 0 if window is None else max(0, host[first] - window + 1)
-            blocks.append(Block(first, last, low, host[last - 1] + 1))
-        if sum((b.last - b.first) * (b.high - b.low) for b in blocks) <= MASK_BYTES:
-            for block in blocks:
-                mask = block.make_mask(self.positions, window)
-                # The CPU kernel would turn a bool mask into an additive one in every layer.
-                block.mask = _additive(mask) if self.backend == "sdpa" and mask.device.type == "cpu" else mask
+            edge = host[first] if window is None else low
+            blocks.append(Block(self.positions[first:last], first, last, low, edge, host[last - 1] + 1, window))
+        keep = sum((b.last - b.first) * (b.high - b.edge) for b in blocks) <= MASK_PAIRS
+        for block in blocks:
+            block.kept = keep
         return blocks
 
 
-def _additive(mask: Tensor) -> Tensor:
-    """float32: 0 where the row may attend, else -inf."""
-    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
+class Enough(Exception):  # noqa: N818
+    """Ends a forward whose remaining layers nobody needs."""
 
 
 @dataclass(eq=False)
 class Block:
-    """Rows [first, last) of a step and the keys [low, high) that any of them can see."""
+    """Rows [first, last) of a step, at `positions`, and the keys [low, high) that any of them can see.
 
+    Keys [low, edge) are seen by every row; masks are for [edge, high) and, if `kept`, made once.
+    """
+
+    positions: Tensor
     first: int
     last: int
     low: int
+    edge: int
     high: int
-    mask: Tensor | None = None  # bool, or float32 to be added
+    window: int | None
+    kept: bool = False
+    _masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
 
-    def make_mask(self, positions: Tensor, window: int | None) -> Tensor:
-        """bool [rows, keys], True where the row may attend."""
-        rows = positions[self.first : self.last, None]
-        keys = torch.arange(self.low, self.high, device=positions.device)[None, :]
-        mask = keys <= rows
-        return mask if window is None else mask & (keys > rows - window)
+    def mask(self) -> Tensor:
+        """bool [rows, high - edge], True where the row may attend."""
+        keys = torch.arange(self.edge, self.high, device=self.positions.device)[None, :]
+        mask = keys <= self.positions[:, None]
+        return mask if self.window is None else mask & (keys > self.positions[:, None] - self.window)
+
+    def added_mask(self, groups: int, start: int, dtype: torch.dtype) -> Tensor:
+        """[groups * rows, high - start]: 0 where the row may attend, else -inf; the kernels would make it in every
+        layer."""
+        name = groups, start, dtype
+        if name in self._masks:
+            return self._masks[name]
+        hidden = ~self.mask()
+        added = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+        added = F.pad(added, (self.edge - start, 0)).repeat(groups, 1)
+        if self.kept:
+            self._masks[name] = added
+        return added
 
 
 def attend(
@@ -110,57 +144,91 @@ def attend(
     step = kvmem_step
     step.layers_seen += 1
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    observed = int(module.layer_idx) in step.scored_layers  # type: ignore[arg-type]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    observed = layer in step.scored_layers
     reference = step.backend == "eager" or softcap is not None or s_aux is not None
     causal = step.contiguous and step.start == 0 and (sliding_window is None or step.end <= sliding_window)
+    if layer == step.final_layer and step.positions.numel() > 1:
+        last = Step(step.positions[-1:], step.backend)
+        out, _none = attend(
+            module, query[:, :, -1:], key, value, None, scaling, dropout, last, sliding_window, softcap, s_aux
+        )
+        return F.pad(out, (0, 0, 0, 0, query.shape[2] - 1, 0)), None
     if causal and not observed and not reference:
-        return _fast(query, key, value, None, scale, True), None
+        return _causal(query, key, value, scale), None
     pieces = []
     for block in step.blocks(sliding_window):
         rows = query[:, :, block.first : block.last]
-        keys, values = key[:, :, block.low : block.high], value[:, :, block.low : block.high]
-        mask = block.mask if block.mask is not None else block.make_mask(step.positions, sliding_window)
         if observed or reference:
-            out, weights = _explicit(rows, keys, values, mask, scale, softcap, s_aux)
+            out, weights = _explicit(rows, key, value, block, scale, softcap, s_aux)
             if observed and step.scores is not None:
                 heads = weights.shape[0] * weights.shape[1]
                 share = weights.sum(dim=(0, 1, 2)) / (heads * step.positions.numel())
                 step.scores[block.low : block.high] += share
-            pieces.append(out)
         else:
-            pieces.append(_fast(rows, keys, values, mask, scale, False))
+            out = _masked(rows, key, value, block, scale)
+        pieces.append(out)
+    if step.partial and layer == max(step.scored_layers):
+        raise Enough
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)), None
 
 
-def _fast(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
-    """SDPA without repeating the kv heads; returns [1, m, heads, d]."""
-    batch, heads, m, dim = q.shape
-    groups = heads // k.shape[1]
-    if groups > 1 and q.device.type != "cpu" and not causal:
-        # CUDA's fused kernels take a mask only without enable_gqa: put the heads of a group side by side.
-        packed = q.reshape(batch, k.shape[1], groups * m, dim)
-        tiled = None if mask is None else mask.repeat(groups, 1)
-        out = F.scaled_dot_product_attention(packed, k, v, attn_mask=tiled, scale=scale)
-        out = out.reshape(batch, heads, m, v.shape[-1])
-    else:
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups > 1
-        )
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Plain causal attention of a whole sequence; returns [1, m, heads, d]."""
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous()
 
 
+def _masked(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> Tensor:
+    """Attention of one block's rows; returns [1, m, heads, d].
+
+    The heads that share keys are put side by side as rows: the CPU's kernel then loads keys once for all of them,
+    and CUDA's fused kernels take a mask in this form only.
+    """
+    batch, heads, m, dim = q.shape
+    groups = heads // k.shape[1]
+    packed = q.reshape(batch, k.shape[1], groups * m, dim)
+    if q.device.type == "cpu" and block.edge - block.low >= SPLIT_FROM and dim == v.shape[-1]:
+        out = _split(packed, k, v, block, groups, scale)
+    else:
+        mask = block.added_mask(groups, block.low, q.dtype)
+        keys, values = k[:, :, block.low : block.high], v[:, :, block.low : block.high]
+        out = F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scale)
+    return out.reshape(batch, heads, m, v.shape[-1]).transpose(1, 2).contiguous()
+
+
+def _split(q: Tensor, k: Tensor, v: Tensor, block: Block, groups: int, scale: float) -> Tensor:
+    """The CPU's kernel, which is much faster without a mask, over the keys all rows see and over the rest.
+
+    Two softmaxes over disjoint keys are joined by their log-sum-exp (as in Flash-Decoding).
+    """
+    mask = block.added_mask(groups, block.edge, q.dtype)
+    parts = [
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k[:, :, start:end], v[:, :, start:end], attn_mask=added, scale=scale
+        )
+        for start, end, added in ((block.low, block.edge, None), (block.edge, block.high, mask))
+    ]
+    (before, before_lse), (out, lse) = parts
+    share = torch.sigmoid(before_lse - lse)[..., None].to(q.dtype)
+    joined: Tensor = torch.lerp(out, before, share)
+    return joined
+
+
 def _explicit(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Attention with its weights: ([1, m, heads, d], float32 weights [kv heads, group, m, keys])."""
     _, heads, m, dim = q.shape
     kv_heads = k.shape[1]
     groups = heads // kv_heads
+    k, v = k[:, :, block.low : block.high], v[:, :, block.low : block.high]
     logits = (q.reshape(kv_heads, groups * m, dim) @ k[0].transpose(1, 2)).float()
     logits = logits.mul_(scale).reshape(kv_heads, groups, m, -1)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else logits.add_(mask)
+    logits[..., block.edge - block.low :].masked_fill_(~block.mask(), float("-inf"))
     if sinks is not None:
         column = sinks.float().reshape(kv_heads, groups, 1, 1).expand(-1, -1, m, 1)
         weights = torch.cat([logits, column], dim=-1).softmax(-1)[..., :-1]

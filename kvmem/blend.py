@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvmem.answer import Usage
-from kvmem.attention import Step
-from kvmem.cache import BlendedLayer
+from kvmem.attention import Enough, Step
+from kvmem.cache import BlendedCache, BlendedLayer
 from kvmem.compose import Stitched
 from kvmem.correct import LocalCorrection
 from kvmem.model import LanguageModel
@@ -20,55 +20,55 @@ from kvmem.settings import BlendSettings
 
 
 @dataclass(frozen=True, eq=False)
-class Repaired:
-    """logits: float32 [vocab] after the last token read, if asked for. recomputed: positions, int64 ascending.
+class Repair:
+    """A forward that is ready to run: it recomputes the chosen tokens and reads the query behind them.
 
-    forwarded: tokens that went through the model.
+    token_ids: int64 [m], the chosen tokens and the query. step: their positions; None for a model that cannot be
+    blended, which reads the query as it reads anything. recomputed: the chosen positions, int64 ascending.
+    end: the cache's length afterwards. token_layers: tokens x layers that choosing them took.
     """
 
-    logits: Tensor | None
+    token_ids: Tensor
+    step: Step | None
+    correction: LocalCorrection | None
     recomputed: Tensor
-    forwarded: int
+    end: int
+    token_layers: int
+
+    def run(self, model: LanguageModel, cache: BlendedCache) -> Tensor:
+        """Run the forward over `cache`, in place; returns float32 [vocab] logits after the last token."""
+        if self.step is None:
+            return model.next_logits(self.token_ids, cache)
+        logits = model.next_logits(self.token_ids, cache, self.step, self.correction)
+        cache.length = self.end
+        return logits
+
+    def as_first_forward(self, model: LanguageModel, cache: BlendedCache) -> AbstractContextManager[None]:
+        """While open, the next forward of the model, whoever makes it, is this one."""
+        if self.step is None:
+            return nullcontext()
+        return model.first_forward(self.token_ids, cache, self.step, self.correction)
 
 
-def repair(
-    model: LanguageModel,
-    stitched: Stitched,
-    query: Sequence[int],
-    settings: BlendSettings,
-    *,
-    logits: bool,
-) -> Repaired:
-    """Choose and recompute tokens of `stitched` and read `query` behind it, in place.
-
-    Afterwards the cache holds chunks and query. `query` may be empty, unless logits are asked for.
-    """
-    cache, end = stitched.cache, stitched.cache.length
-    cache.reserve(end + len(query))
-    query_positions = torch.arange(end, end + len(query), device=model.device)
+def plan_repair(model: LanguageModel, stitched: Stitched, query: Sequence[int], settings: BlendSettings) -> Repair:
+    """Choose what to recompute of `stitched`, whose buffer gets room for `query`, one token or more."""
+    cache, start = stitched.cache, stitched.cache.length
+    end = start + len(query)
+    cache.reserve(end)
+    query_positions = torch.arange(start, end, device=model.device)
     query_ids = torch.tensor(query, dtype=torch.long)
-    if not stitched.segments:
-        result = model.append(query, cache, logits=logits) if query else None
-        return Repaired(result, query_positions[:0], len(query))
+    if not model.blendable:
+        return Repair(query_ids, None, None, query_positions[:0], end, 0)
     observer = _Observer(model, stitched, query_ids, query_positions)
     candidates = Candidates(stitched.segments, observer.attention, observer.deviation, model.device)
     selected = select(candidates, settings)
     correction = None
     if settings.corrects and selected.numel():
-        correction = LocalCorrection(selected, stitched.segments, settings)
-    positions = torch.cat([selected, query_positions])
+        correction = LocalCorrection(selected, stitched.segments, settings, model.dtype)
     chunk_ids = torch.tensor(stitched.token_ids, dtype=torch.long)
     token_ids = torch.cat([chunk_ids[selected.cpu()], query_ids])
-    result = None
-    if positions.numel():
-        step = Step(positions, model.settings.attention)
-        result = model.forward(token_ids, cache, step, correction, logits=logits)
-    cache.length = end + len(query)
-    return Repaired(result, selected, positions.numel() + observer.forwarded)
-
-
-class _EnoughError(Exception):
-    """Ends a forward once what it was run for is known."""
+    step = model.step(torch.cat([selected, query_positions]))
+    return Repair(token_ids, step, correction, selected, end, observer.token_layers)
 
 
 class _Deviation:
@@ -83,29 +83,34 @@ class _Deviation:
             return
         old = layer.values[0][:, self._positions].float()
         self.squared = (new_values[0].float() - old).square().sum(dim=(0, 2))
-        raise _EnoughError
+        raise Enough
 
 
 class _Observer:
-    """Measures what selectors ask for, and counts the tokens it forwards."""
+    """Measures what selectors ask for, and counts tokens x layers."""
 
     def __init__(self, model: LanguageModel, stitched: Stitched, query_ids: Tensor, query_positions: Tensor) -> None:
         self._model, self._stitched = model, stitched
         self._query_ids, self._query_positions = query_ids, query_positions
-        self.forwarded = 0
+        self.token_layers = 0
 
     def attention(self) -> Tensor:
-        """The question's attention to every position, averaged over heads, its own tokens, and the full-attention
-        layers in the later half of the model (the later half of those there are, or of all, where there is none)."""
-        depth = sum(len(g.layers) for g in self._model.anatomy.groups)
+        """The question's attention to every position, averaged over heads, its own tokens, and scored layers.
+
+        Scored is every second full-attention layer of the model's middle third (or, if none is there, of the middle
+        third of the full-attention layers, or of all layers).
+        """
+        depth = self._model.depth
         full = sorted(i for g in self._model.anatomy.groups if g.window is None for i in g.layers)
         layers = full or list(range(depth))
-        scored = frozenset([i for i in layers if i >= depth // 2] or layers[len(layers) // 2 :])
+        middle = [i for i in layers if depth <= 3 * i < 2 * depth] or _middle_third(layers)
+        scored = frozenset(middle[::2])
         total = int(self._query_positions[-1]) + 1
         scores = torch.zeros(total, device=self._model.device)
-        step = Step(self._query_positions, self._model.settings.attention, scored, scores)
-        self._model.forward(self._query_ids, self._stitched.cache, step)
-        self.forwarded += len(self._query_ids)
+        step = Step(self._query_positions, self._model.settings.attention, scored, scores, partial=True)
+        with suppress(Enough):
+            self._model.forward(self._query_ids, self._stitched.cache, step)
+        self.token_layers += step.token_layers
         return scores
 
     def deviation(self) -> Tensor:
@@ -117,28 +122,29 @@ class _Observer:
         measure = _Deviation(positions)
         step = Step(positions, self._model.settings.attention)
         # Layer 0 is written on the way; its rows depend on token and position only, so they stay what they were.
-        with suppress(_EnoughError):
+        with suppress(Enough):
             self._model.forward(token_ids, stitched.cache, step, measure)
-        self.forwarded += len(token_ids)
+        self.token_layers += step.token_layers
         return measure.squared
 
 
-def count_usage(stitched: Stitched, repaired: Repaired, query: int, generated: int) -> Usage:
-    """Tokens by what was done for them; `query` and `generated` are numbers of tokens."""
-    recomputed = set(repaired.recomputed.tolist())
+def _middle_third(layers: Sequence[int]) -> Sequence[int]:
+    return layers[len(layers) // 3 : -(-2 * len(layers) // 3)]
+
+
+def count_usage(model: LanguageModel, stitched: Stitched, repair: Repair, generated: int) -> Usage:
+    """Tokens by what was done for them; `generated` is a number of tokens."""
+    recomputed = set(repair.recomputed.tolist())
+    query = len(repair.token_ids) - len(recomputed)
     counts = {"exact": 0, "computed": query, "reused": 0}
     for item in stitched.placed:
         counts[item.origin] += sum(1 for p in range(item.start, item.end) if p not in recomputed)
+    read = stitched.forwarded + len(repair.token_ids)
     return Usage(
         exact=counts["exact"],
         reused=counts["reused"],
         recomputed=len(recomputed),
         computed=counts["computed"],
         generated=generated,
-        forwarded=stitched.forwarded + repaired.forwarded + (query - _read(repaired, query)),
+        token_layers=read * model.depth + repair.token_layers,
     )
-
-
-def _read(repaired: Repaired, query: int) -> int:
-    """How many of the query's tokens the repair read; generation reads the last one."""
-    return query if repaired.logits is not None else query - 1

@@ -79,6 +79,7 @@ class BlendedLayer(CacheLayerMixin):
         """
         if self.step is None:
             return self._append(key_states, value_states)
+        self.step.layers_entered += 1
         if self.correction is not None:
             self.correction.apply(self, key_states, value_states)
         step = self.step

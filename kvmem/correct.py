@@ -22,7 +22,7 @@ _NEGLIGIBLE = 0.02
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """Rows [start, end) and the samples [first, last) that move them; weights float32 [rows, samples]."""
+    """Rows [start, end) and the samples [first, last) that move them; weights [rows, samples]."""
 
     start: int
     end: int
@@ -35,13 +35,17 @@ class LocalCorrection:
     """The correction for one forward.
 
     selected: int64 [s], the recomputed positions, ascending; they are the forward's first s rows.
-    segments: the [start, end) of every approximate chunk.
+    segments: the [start, end) of every approximate chunk, ascending.
+    dtype: of the model; what is added is no more precise than what it is added to.
     """
 
-    def __init__(self, selected: Tensor, segments: Sequence[tuple[int, int]], settings: BlendSettings) -> None:
+    def __init__(
+        self, selected: Tensor, segments: Sequence[tuple[int, int]], settings: BlendSettings, dtype: torch.dtype
+    ) -> None:
         self._selected = selected
+        self._dtype = dtype
         self._blocks = [
-            block for start, end in segments if (block := _weigh(selected, start, end, settings)) is not None
+            block for start, end in segments if (block := _weigh(selected, start, end, settings, dtype)) is not None
         ]
         self._turns: dict[int, tuple[Turn, list[Turn]]] = {}
 
@@ -50,18 +54,22 @@ class LocalCorrection:
         if layer.index == 0 or not self._blocks:
             return
         count = self._selected.numel()
-        moved_values = new_values[0, :, :count].float() - layer.values[0][:, self._selected].float()
         moved_keys = new_keys[0, :, :count].float() - layer.keys[0][:, self._selected].float()
+        moved_values = new_values[0, :, :count].float() - layer.values[0][:, self._selected].float()
         turns = self._rotations(layer.group.rope)
         if turns is not None:
             moved_keys = turns[0].apply(moved_keys)
+        moved_keys, moved_values = moved_keys.to(layer.dtype), moved_values.to(layer.dtype)
         for number, block in enumerate(self._blocks):
-            shift = block.weights @ moved_values[:, block.first : block.last]
-            layer.values[0, :, block.start : block.end] += shift.to(layer.dtype)
-            shift = block.weights @ moved_keys[:, block.first : block.last]
-            if turns is not None:
-                shift = turns[1][number].apply(shift)
-            layer.keys[0, :, block.start : block.end] += shift.to(layer.dtype)
+            # Chunk by chunk, what is added stays in the processor's cache.
+            weights = block.weights.expand(layer.group.kv_heads, -1, -1)
+            keys = layer.keys[0, :, block.start : block.end]
+            values = layer.values[0, :, block.start : block.end]
+            values.baddbmm_(weights, moved_values[:, block.first : block.last])
+            if turns is None:
+                keys.baddbmm_(weights, moved_keys[:, block.first : block.last])
+            else:
+                turns[1][number].add_to(keys, weights.bmm(moved_keys[:, block.first : block.last]))
 
     def _rotations(self, rope: Rope | None) -> tuple[Turn, list[Turn]] | None:
         """Back from the samples' positions, and forward to each block's: RoPE is linear, differences rotate too."""
@@ -69,12 +77,13 @@ class LocalCorrection:
             return None
         if id(rope) not in self._turns:
             device = self._selected.device
-            forward = [rope.turn(torch.arange(b.start, b.end, device=device)) for b in self._blocks]
+            rows = [torch.arange(block.start, block.end, device=device) for block in self._blocks]
+            forward = [rope.turn(positions).to(self._dtype) for positions in rows]
             self._turns[id(rope)] = rope.turn(self._selected).inverse(), forward
         return self._turns[id(rope)]
 
 
-def _weigh(selected: Tensor, start: int, end: int, settings: BlendSettings) -> _Block | None:
+def _weigh(selected: Tensor, start: int, end: int, settings: BlendSettings, dtype: torch.dtype) -> _Block | None:
     """The weights of one chunk's rows, or None when no sample lies in it."""
     bounds = torch.tensor([start, end], device=selected.device)
     first, last = (int(i) for i in torch.searchsorted(selected, bounds))
@@ -86,4 +95,4 @@ def _weigh(selected: Tensor, start: int, end: int, settings: BlendSettings) -> _
     weights = kernel / (kernel.sum(dim=1, keepdim=True) + settings.shrinkage)
     weights[weights.sum(dim=1) <= _NEGLIGIBLE] = 0.0
     weights[samples - start] = 0.0
-    return _Block(start, end, first, last, weights)
+    return _Block(start, end, first, last, weights.to(dtype))

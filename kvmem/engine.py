@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvmem.answer import Answer, Prefill, Timings
-from kvmem.blend import count_usage, repair
+from kvmem.blend import count_usage, plan_repair
 from kvmem.compose import Composer, Resident, Stitched
 from kvmem.corpus import Corpus, chunks_of
 from kvmem.document import Document, Metadata, as_document
@@ -278,15 +278,15 @@ class KVMem:
             request = self._requests.build(started, question, context, system, self.settings.max_tokens)
             stitched = self._stitch(request.prompt.spans, spare=len(request.prompt.query))
             after_stitch = time.perf_counter()
-            repaired = repair(self.model, stitched, request.prompt.query, settings, logits=True)
+            repair = plan_repair(self.model, stitched, request.prompt.query, settings)
+            logits = repair.run(self.model, stitched.cache)
             self._resident = None  # the buffer is the caller's from here on
             ready = time.perf_counter()
             self._save(stitched, settings)
-            timings = self._timings(request, after_stitch, ready, ready)
-            usage = count_usage(stitched, repaired, len(request.prompt.query), 0)
-            assert repaired.logits is not None  # noqa: S101
+            timings = self._timings(request, after_stitch, ready)
+            usage = count_usage(self.model, stitched, repair, 0)
             token_ids = torch.tensor(request.prompt.token_ids, dtype=torch.long)
-            return Prefill(token_ids, stitched.cache, repaired.logits, usage, request.plan, timings)
+            return Prefill(token_ids, stitched.cache, logits, usage, request.plan, timings)
 
         return self._run(work)
 
@@ -294,19 +294,18 @@ class KVMem:
         spare = len(request.prompt.query) + sampling.max_tokens
         stitched = self._stitch(request.prompt.spans, spare)
         after_stitch = time.perf_counter()
-        # The last token is left to generate(), which needs one to begin with.
-        repaired = repair(self.model, stitched, request.prompt.query[:-1], blend, logits=False)
-        after_repair = time.perf_counter()
+        repair = plan_repair(self.model, stitched, request.prompt.query, blend)
+        first = repair.as_first_forward(self.model, stitched.cache)
         try:
-            generated = generate(self.model, stitched.cache, request.prompt.token_ids, sampling, listener)
+            generated = generate(self.model, stitched.cache, request.prompt.token_ids, sampling, listener, first)
         finally:
             self._keep(stitched, blend)
         return Answer(
             text=generated.text,
             sources=request.sources,
-            usage=count_usage(stitched, repaired, len(request.prompt.query), len(generated.token_ids)),
+            usage=count_usage(self.model, stitched, repair, len(generated.token_ids)),
             plan=request.plan,
-            timings=self._timings(request, after_stitch, after_repair, generated.first_token),
+            timings=self._timings(request, after_stitch, generated.first_token),
             finish_reason=generated.finish_reason,
         )
 
@@ -334,11 +333,11 @@ class KVMem:
         report = recall(self.model) or check(self.model)
         return parsed.model_copy(update={"recompute": report.recompute if report.recompute is not None else 0.0})
 
-    def _timings(self, request: Request, after_stitch: float, after_repair: float, first_token: float) -> Timings:
+    def _timings(self, request: Request, after_stitch: float, first_token: float) -> Timings:
         return Timings(
             prepare=request.prepared - request.started,
             stitch=after_stitch - request.prepared,
-            repair=after_repair - after_stitch,
+            repair=first_token - after_stitch,
             first_token=first_token - request.started,
             total=time.perf_counter() - request.started,
         )

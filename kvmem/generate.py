@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,12 +87,21 @@ def generate(
     token_ids: Sequence[int],
     sampling: Sampling,
     listener: Listener,
+    first_forward: AbstractContextManager[None] | None = None,
 ) -> Generated:
-    """Continue `token_ids`, of which `cache` holds all but the last; `listener` gets each new piece of text."""
+    """Continue `token_ids`, the first `cache.length` of which the cache holds; `listener` gets each new piece of text.
+
+    first_forward: entered around generation; see `LanguageModel.first_forward`.
+    """
     streamer = _Streamer(model, sampling.stop, listener.text)
     prompt = torch.tensor([list(token_ids)], device=model.device)
     config = GenerationConfig(**_ends(model))
-    with torch.no_grad(), torch.random.fork_rng(enabled=sampling.seed is not None), _own_defaults(model, config):
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(enabled=sampling.seed is not None),
+        _own_defaults(model, config),
+        first_forward or nullcontext(),
+    ):
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         try:

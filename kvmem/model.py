@@ -7,7 +7,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -192,6 +192,11 @@ class LanguageModel:
         return self.anatomy.blendable
 
     @property
+    def depth(self) -> int:
+        """The number of layers."""
+        return sum(len(group.layers) for group in self.anatomy.groups)
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of KV per token."""
         element = torch.empty(0, dtype=self.dtype).element_size()
@@ -200,48 +205,97 @@ class LanguageModel:
     def new_cache(self, capacity: int) -> BlendedCache:
         return BlendedCache(self.anatomy.groups, capacity, self.dtype, self.device)
 
-    @torch.no_grad()
+    def step(self, positions: Tensor) -> Step:
+        """A forward at `positions` (int64 [m], ascending) of which only the last token's output may be used."""
+        return Step(positions, self.settings.attention, final_layer=self.depth - 1)
+
     def forward(
-        self,
-        token_ids: Tensor,
-        cache: BlendedCache,
-        step: Step | None = None,
-        correction: Correction | None = None,
-        logits: bool = False,
-    ) -> Tensor | None:
+        self, token_ids: Tensor, cache: BlendedCache, step: Step | None = None, correction: Correction | None = None
+    ) -> None:
         """Run `token_ids` (int64 [m]) over `cache`, mutating it.
 
-        With a step, rows go to the step's positions; without one they are appended by the model's own
-        attention. Returns float32 [vocab] logits of the last token when `logits`, else None.
+        With a step, rows go to the step's positions; without one they are appended by the model's own attention.
         """
-        model = self.hf if logits else self.hf.base_model
-        options: dict[str, Any] = {"logits_to_keep": 1} if logits else {}
+        self._run(self.hf.base_model, token_ids, cache, step, correction)
+
+    def next_logits(
+        self, token_ids: Tensor, cache: BlendedCache, step: Step | None = None, correction: Correction | None = None
+    ) -> Tensor:
+        """Like `forward`; returns the logits after the last token, float32 [vocab]."""
+        output = self._run(self.hf, token_ids, cache, step, correction, logits_to_keep=1)
+        logits: Tensor = output.logits[0, -1].float()
+        return logits
+
+    @torch.no_grad()
+    def _run(
+        self,
+        module: Any,
+        token_ids: Tensor,
+        cache: BlendedCache,
+        step: Step | None,
+        correction: Correction | None,
+        **options: Any,
+    ) -> Any:
         inputs = token_ids.to(self.device)[None]
         if step is None:
-            output = model(input_ids=inputs, past_key_values=cache, use_cache=True, **options)
-        else:
-            with cache.stepping(step, correction), self._kvmem_attention():
-                output = model(
-                    input_ids=inputs,
-                    position_ids=step.positions[None],
-                    past_key_values=cache,
-                    use_cache=True,
-                    kvmem_step=step,
-                    **options,
-                )
-        return output.logits[0, -1].float() if logits else None
+            return module(input_ids=inputs, past_key_values=cache, use_cache=True, **options)
+        with cache.stepping(step, correction), self._kvmem_attention():
+            return module(
+                input_ids=inputs,
+                position_ids=step.positions[None],
+                past_key_values=cache,
+                use_cache=True,
+                kvmem_step=step,
+                **options,
+            )
 
-    def append(self, token_ids: Sequence[int], cache: BlendedCache, logits: bool = False) -> Tensor | None:
-        """Read `token_ids` at the end of `cache` (exactly, given what is there); see `forward`."""
+    def append(self, token_ids: Sequence[int], cache: BlendedCache) -> None:
+        """Read `token_ids` at the end of `cache`, exactly given what is there."""
         ids = torch.tensor(token_ids, dtype=torch.long)
         if not self.blendable:
-            return self.forward(ids, cache, logits=logits)
+            self.forward(ids, cache)
+            return
         start = cache.length
         cache.reserve(start + len(token_ids))
         positions = torch.arange(start, start + len(token_ids), device=self.device)
-        result = self.forward(ids, cache, Step(positions, self.settings.attention), logits=logits)
+        self.forward(ids, cache, self.step(positions))
         cache.length = start + len(token_ids)
-        return result
+
+    @contextmanager
+    def first_forward(
+        self, token_ids: Tensor, cache: BlendedCache, step: Step, correction: Correction | None
+    ) -> Iterator[None]:
+        """While open, the next forward of `hf`, whoever makes it, runs `token_ids` over `cache` as `forward` would.
+
+        So the first forward of transformers' `generate` is one that had to be made anyway. The output is that call's;
+        afterwards `cache` ends behind the step's last position.
+        """
+        inside = ExitStack()
+
+        def before(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            hooks.pop().remove()
+            inside.enter_context(cache.stepping(step, correction))
+            inside.enter_context(self._kvmem_attention())
+            own = {"attention_mask", "position_ids", "cache_position", "inputs_embeds"}
+            rest = {name: value for name, value in kwargs.items() if name not in own}
+            inputs = {"input_ids": token_ids.to(self.device)[None], "position_ids": step.positions[None]}
+            return (), rest | inputs | {"kvmem_step": step}
+
+        def after(module: Any, args: Any, output: Any) -> None:
+            hooks.pop().remove()
+            inside.close()
+            cache.length = step.end
+
+        hooks = [
+            self.hf.register_forward_hook(after),
+            self.hf.register_forward_pre_hook(before, with_kwargs=True),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            inside.close()
 
     @contextmanager
     def _kvmem_attention(self) -> Iterator[None]:

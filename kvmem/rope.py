@@ -51,7 +51,7 @@ class Rope:
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """A rotation that is ready to apply: cos and sin are float32 [n, rotary_dim / 2]."""
+    """A rotation that is ready to apply: cos and sin are [n, rotary_dim / 2], float32 unless cast."""
 
     cos: Tensor
     sin: Tensor
@@ -60,16 +60,31 @@ class Turn:
     def inverse(self) -> Turn:
         return Turn(self.cos, -self.sin, self.pairing)
 
+    def to(self, dtype: torch.dtype) -> Turn:
+        """The same rotation in another precision, for `add_to`."""
+        return Turn(self.cos.to(dtype), self.sin.to(dtype), self.pairing)
+
     def apply(self, x: Tensor) -> Tensor:
         """`x` [..., n, dim] rotated, in float32; a new tensor."""
-        half = self.cos.shape[-1]
         out = x.to(torch.float32, copy=True)
-        if self.pairing == "half":
-            first, second = out[..., :half], out[..., half : 2 * half]
-        else:
-            first, second = out[..., 0 : 2 * half : 2], out[..., 1 : 2 * half : 2]
-        turned_first = first * self.cos - second * self.sin
-        turned_second = second * self.cos + first * self.sin
-        first.copy_(turned_first)
-        second.copy_(turned_second)
+        first, second = self._halves(out)
+        turned = (first * self.cos).addcmul_(second, self.sin, value=-1)
+        second.mul_(self.cos).addcmul_(first, self.sin)
+        first.copy_(turned)
         return out
+
+    def add_to(self, target: Tensor, x: Tensor) -> None:
+        """Add `x` rotated to `target`, both [..., n, dim] of the rotation's dtype, in place."""
+        first, second = self._halves(x)
+        onto_first, onto_second = self._halves(target)
+        onto_first.addcmul_(first, self.cos).addcmul_(second, self.sin, value=-1)
+        onto_second.addcmul_(second, self.cos).addcmul_(first, self.sin)
+        rotated = 2 * self.cos.shape[-1]
+        target[..., rotated:] += x[..., rotated:]
+
+    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the dimensions that are rotated with each other."""
+        half = self.cos.shape[-1]
+        if self.pairing == "half":
+            return x[..., :half], x[..., half : 2 * half]
+        return x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]

@@ -46,6 +46,7 @@ def test_any_subset_of_positions_attends_to_exactly_what_stands_before_it(
 ) -> None:
     """Whatever the positions, the window and the block size, attention equals the dense reference."""
     monkeypatch.setattr(attention, "ROWS_PER_BLOCK", 3)
+    monkeypatch.setattr(attention, "SPLIT_FROM", 2)
     at = torch.tensor(positions)
     q, k, v = inputs(at)
     step = Step(at, backend)  # type: ignore[arg-type]
@@ -72,10 +73,10 @@ def test_masks_that_are_too_large_to_keep_are_made_when_needed(monkeypatch: pyte
     at = torch.arange(3, 40)
     q, k, v = inputs(at)
     kept, _ = attend(MODULE, q, k, v, None, kvmem_step=Step(at))  # type: ignore[arg-type]
-    monkeypatch.setattr(attention, "MASK_BYTES", 0)
+    monkeypatch.setattr(attention, "MASK_PAIRS", 0)
     step = Step(at)
     made, _ = attend(MODULE, q, k, v, None, kvmem_step=step)  # type: ignore[arg-type]
-    assert all(block.mask is None for block in step.blocks(None))
+    assert not any(block.kept for block in step.blocks(None))
     assert torch.equal(kept, made)
 
 

@@ -33,10 +33,10 @@ def test_reading_in_pieces_equals_full_prefill(any_model: LanguageModel, cuts: l
     cache = any_model.new_cache(1)
     start = 0
     for size in cuts:
-        logits = any_model.append(IDS[start : start + size].tolist(), cache, logits=True)
+        any_model.append(IDS[start : start + size].tolist(), cache)
         start += size
-    assert logits is not None
-    assert torch.allclose(logits, full_logits(any_model, IDS)[-1], atol=1e-4)
+    last = any_model.next_logits(IDS[59:], cache, Step(torch.tensor([59])))
+    assert torch.allclose(last, full_logits(any_model, IDS)[-1], atol=1e-4)
     assert cache.length == cache.get_seq_length() == 60
 
 
@@ -58,8 +58,7 @@ def test_recomputing_everything_repairs_any_buffer(any_model: LanguageModel) -> 
     for layer in cache.blended:
         layer.keys.fill_(float("nan"))
         layer.values.fill_(float("nan"))
-    logits = any_model.forward(IDS, cache, Step(torch.arange(60)), logits=True)
-    assert logits is not None
+    logits = any_model.next_logits(IDS, cache, Step(torch.arange(60)))
     assert torch.allclose(logits, full_logits(any_model, IDS)[-1], atol=1e-4)
 
 

@@ -32,13 +32,17 @@ def full_logits(model: LanguageModel, prefill: Prefill) -> torch.Tensor:
 
 @contextmanager
 def counting(model: LanguageModel) -> Iterator[dict[str, int]]:
-    """Counts the tokens that enter the model, and tokens times layers."""
-    counts = {"tokens": 0, "layer_tokens": 0}
+    """Counts the tokens that enter the model, and tokens times layers, layer by layer."""
+    counts = {"tokens": 0, "token_layers": 0}
 
     def embedded(_: Any, __: Any, output: torch.Tensor) -> None:
         counts["tokens"] += output.shape[1]
 
+    def entered(_: Any, inputs: Any) -> None:
+        counts["token_layers"] += inputs[0].shape[1]
+
     handles = [model.hf.get_input_embeddings().register_forward_hook(embedded)]
+    handles += [layer.register_forward_pre_hook(entered) for layer in model.hf.base_model.layers]
     try:
         yield counts
     finally:
@@ -110,14 +114,14 @@ def test_repair_moves_towards_full_prefill(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("selector", ["none", "query", "deviation", "first_k", "all"])
-def test_usage_is_disjoint_and_counts_what_was_forwarded(mem: KVMem, model: LanguageModel, selector: str) -> None:
-    """The four classes add up to the prompt, and as many tokens as claimed enter the model."""
+def test_usage_is_disjoint_and_counts_the_models_work(mem: KVMem, model: LanguageModel, selector: str) -> None:
+    """The four classes add up to the prompt, and as many tokens as claimed enter the model's layers."""
     mem.prefill("Which?", context=TEXTS)
     with counting(model) as counts:
         prefill = mem.prefill("Which one is it?", context=TEXTS[::-1], blend=selector)
     usage = prefill.usage
     assert usage.prompt == len(prefill.token_ids)
-    assert usage.forwarded == counts["tokens"]
+    assert usage.token_layers == counts["token_layers"] > 0
 
 
 def test_a_warm_ask_forwards_only_query_and_recomputed_tokens(mem: KVMem, model: LanguageModel) -> None:
@@ -127,8 +131,8 @@ def test_a_warm_ask_forwards_only_query_and_recomputed_tokens(mem: KVMem, model:
         answer = mem.ask("Which one is it?", context=TEXTS[::-1], max_tokens=1)
     usage = answer.usage
     assert usage.recomputed > 0
-    scoring = usage.computed - 1
-    assert counts["tokens"] == usage.computed + usage.recomputed + scoring == usage.forwarded
+    assert counts["tokens"] == usage.computed + usage.recomputed + usage.computed
+    assert usage.token_layers == counts["token_layers"] <= counts["tokens"] * model.depth
     with counting(model) as counts:
         answer = mem.ask("Which one is it?", context=TEXTS, max_tokens=1)
     assert counts["tokens"] == answer.usage.computed < 60
@@ -469,5 +473,5 @@ def test_a_model_with_full_attention_in_its_first_layers_only_is_scored_there(mo
     with open_mem(model, None) as mem:
         mem.prefill("Which?", context=TEXTS)
         mem.prefill("Which?", context=TEXTS[::-1])
-    # One layer of the two full-attention ones is scored, and the attention of a layer adds up to one.
+    # One full-attention layer is scored, and the attention of a layer adds up to one.
     assert seen == [pytest.approx(1.0, abs=1e-4)]

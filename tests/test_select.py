@@ -83,7 +83,7 @@ def test_the_correction_is_on_for_query_only_unless_it_is_set() -> None:
 
 def test_weights_decay_shrink_and_spare_the_samples() -> None:
     """Rows near a sample move most, sampled rows not at all, far rows not at all."""
-    block = _weigh(torch.tensor([5, 100, 110, 700]), 90, 600, BlendSettings(reach=20.0, shrinkage=2.0))
+    block = _weigh(torch.tensor([5, 100, 110, 700]), 90, 600, BlendSettings(reach=20.0, shrinkage=2.0), torch.float32)
     assert block is not None
     assert (block.first, block.last) == (1, 3)
     strength = block.weights.sum(dim=1)
@@ -91,7 +91,7 @@ def test_weights_decay_shrink_and_spare_the_samples() -> None:
     assert strength[11] > strength[60] > strength[90] > 0.0
     assert strength.max() < 0.5
     assert strength[300:].max() == 0.0
-    assert _weigh(torch.tensor([5]), 90, 600, BlendSettings()) is None
+    assert _weigh(torch.tensor([5]), 90, 600, BlendSettings(), torch.float32) is None
 
 
 def test_a_uniform_change_is_carried_to_the_neighbours_in_the_keys_own_frame() -> None:
@@ -107,7 +107,8 @@ def test_a_uniform_change_is_carried_to_the_neighbours_in_the_keys_own_frame() -
     change = torch.randn(2, 1, 16)
     rotated = rope.turn(selected).apply(change.expand(2, len(selected), 16))
     values = torch.randn(2, 1, 16).expand(2, len(selected), 16)
-    LocalCorrection(selected, [(0, 64)], BlendSettings(shrinkage=1e-6)).apply(layer, rotated[None], values[None])
+    correction = LocalCorrection(selected, [(0, 64)], BlendSettings(shrinkage=1e-6), torch.float32)
+    correction.apply(layer, rotated[None], values[None])
     others = torch.tensor([p for p in range(64) if p % 4])
     unrotated = rope.turn(others).inverse().apply(layer.keys[0][:, others])
     assert torch.allclose(unrotated, change.expand(2, len(others), 16), atol=1e-3)
@@ -121,5 +122,5 @@ def test_layer_zero_is_never_corrected() -> None:
     layer = model.new_cache(8).blended[0]
     layer.keys.zero_()
     new = torch.ones(1, 2, 1, 16)
-    LocalCorrection(torch.tensor([3]), [(0, 8)], BlendSettings()).apply(layer, new, new)
+    LocalCorrection(torch.tensor([3]), [(0, 8)], BlendSettings(), torch.float32).apply(layer, new, new)
     assert layer.keys.abs().max() == 0.0

@@ -25,7 +25,6 @@ from kvmem.settings import BlendSettings
 BASELINE = "deviation 15%"
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"selector": "none"},
-    "first_k 5%": {"selector": "first_k", "recompute": 0.05},
     "first_k 10%": {"selector": "first_k", "recompute": 0.10},
     "deviation 5%": {"selector": "deviation", "recompute": 0.05},
     BASELINE: {"selector": "deviation", "recompute": 0.15},

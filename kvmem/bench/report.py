@@ -83,8 +83,9 @@ def _speed(result: dict[str, Any]) -> list[str]:
             row["way"],
             f"{row['ratio']:.3f}",
             f"{row['ratio_again']:.3f}",
-            f"{row['forwarded'] / row['prompt_tokens']:.3f}",
+            f"{row['floor']:.3f}",
             f"{row['decode_ratio']:.2f}",
+            "" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}",
         )
         for row in result["summary"]
     ]
@@ -92,11 +93,12 @@ def _speed(result: dict[str, Any]) -> list[str]:
         f"## Speed: {result['model']}",
         "",
         "Time to the first token, from the call, chunks on disk and the process fresh, divided by that of "
-        "`model.generate` reading the same tokens in the same process; then the same for a second call. Forwarded is the "
-        "share of tokens that went through the model. Decode is the time per token on the blended cache divided by that "
-        "on transformers' own.",
+        "`model.generate` reading the same tokens in the same process; then the same for a second call. The floor is what "
+        "no implementation can avoid: the share of tokens x layers computed, plus copying the KV once. Decode is the time "
+        "per token on the blended cache divided by that on transformers' own. Memory is weights and what the answer took "
+        "at its peak, divided by weights and one KV of the prompt.",
         "",
-        *_table(("tokens", "", "first token ÷ full", "second call ÷ full", "forwarded", "decode ÷ own"), rows),
+        *_table(("tokens", "", "first token ÷ full", "second call ÷ full", "floor", "decode", "memory"), rows),
     ]
 
 

@@ -8,10 +8,10 @@ is reported, since machines differ and drift.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +53,9 @@ def run(
                 _child("prepare", model, _text(questions, size), stores[size], way, threads)
             row = _child("measure", model, _text(questions, size), stores[size], way, threads)
             rows.append({"size": size, "way": way, "repeat": n, **row})
+            if n == 0:
+                row = _child("memory", model, _text(questions, size), stores[size], way, threads)
+                rows.append({"size": size, "way": way, **row})
     loaded = LanguageModel.load(model, ModelSettings(threads=threads))
     settings = {"sizes": list(sizes), "threads": threads, "repeats": repeats}
     return {
@@ -96,21 +99,20 @@ def main() -> None:
             mem.ask(job["question"], context=job["passages"], blend="all", max_tokens=1)
             result: dict[str, Any] = {}
         else:
-            result = _measure(mem, job)
+            result = (_measure_memory if job["phase"] == "memory" else _measure)(mem, job)
     sys.stdout.write(json.dumps(result) + "\n")
 
 
 def _measure(mem: KVMem, job: dict[str, Any]) -> dict[str, Any]:
     in_order, blend = WAYS[job["way"]]
     context = job["passages"] if in_order else job["passages"][::-1]
-    weights = _resident_bytes()
     answer = mem.ask(job["question"], context=context, blend=blend, max_tokens=1)
-    peak = _peak_bytes()
     usage, timings = answer.usage, answer.timings
     prefill = mem.prefill(job["question"], context=context, blend=blend)
     ids = prefill.token_ids
     full = min(_full(mem.model, ids) for _ in range(2))
     again = mem.ask(job["question"], context=context, blend=blend, max_tokens=1)
+    work = usage.token_layers / mem.model.depth / usage.prompt
     return {
         "prompt_tokens": usage.prompt,
         "usage": vars(usage),
@@ -120,10 +122,46 @@ def _measure(mem: KVMem, job: dict[str, Any]) -> dict[str, Any]:
         "full": full,
         "ratio": timings.first_token / full,
         "ratio_again": again.timings.first_token / full,
+        "work": work,
+        "floor": work + _copy_seconds(usage.prompt * mem.model.bytes_per_token) / full,
         "decode_ratio": _decode(mem.model, ids, prefill.cache) / _decode(mem.model, ids, None),
-        "memory_before": weights,
-        "memory_peak": peak,
-        "kv_bytes": usage.prompt * mem.model.bytes_per_token,
+    }
+
+
+def _copy_seconds(size: int) -> float:
+    """Seconds to copy `size` bytes within memory."""
+    source, target = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def _measure_memory(mem: KVMem, job: dict[str, Any]) -> dict[str, Any]:
+    """Private memory that one answer takes at its peak, beside the weights."""
+    in_order, blend = WAYS[job["way"]]
+    context = job["passages"] if in_order else job["passages"][::-1]
+    weights = sum(p.numel() * p.element_size() for p in mem.model.hf.parameters())
+    before, peak, done = _private_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, _private_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    answer = mem.ask(job["question"], context=context, blend=blend, max_tokens=1)
+    done.set()
+    watcher.join()
+    kv = answer.usage.prompt * mem.model.bytes_per_token
+    return {
+        "weights": weights,
+        "kv": kv,
+        "taken": peak - before,
+        "memory_ratio": (weights + peak - before) / (weights + kv),
     }
 
 
@@ -161,41 +199,36 @@ def _decode(model: LanguageModel, ids: torch.Tensor, cache: Any, tokens: int = 1
     return float(np.median(np.diff(clock.stamps[2:])))
 
 
-def _resident_bytes() -> int:
+def _private_bytes() -> int:
     """Memory of this process now, without pages of files."""
     fields = Path("/proc/self/status").read_text().split("RssAnon:")
     return int(fields[1].split()[0]) * 1024
 
 
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Medians per size and way. floor: the share of tokens that were forwarded."""
+    """Medians per size and way."""
+    measured = [row for row in rows if "ratio" in row]
+    names = ("prompt_tokens", "first_token", "full", "ratio", "ratio_again", "work", "floor", "decode_ratio")
     summary = []
-    for size, way in dict.fromkeys((row["size"], row["way"]) for row in rows):
-        group = [row for row in rows if (row["size"], row["way"]) == (size, way)]
-        median = {
-            name: float(np.median([row[name] for row in group]))
-            for name in ("prompt_tokens", "first_token", "full", "ratio", "ratio_again", "decode_ratio")
-        }
-        forwarded = float(np.median([row["usage"]["forwarded"] for row in group]))
-        summary.append({"size": size, "way": way, **median, "forwarded": forwarded})
+    for size, way in dict.fromkeys((row["size"], row["way"]) for row in measured):
+        group = [row for row in measured if (row["size"], row["way"]) == (size, way)]
+        median = {name: float(np.median([row[name] for row in group])) for name in names}
+        memory = [r["memory_ratio"] for r in rows if "memory_ratio" in r and (r["size"], r["way"]) == (size, way)]
+        summary.append({"size": size, "way": way, **median, "memory_ratio": memory[0] if memory else None})
     return summary
 
 
 def table(result: dict[str, Any]) -> Table:
     """The summary, for a terminal."""
     title = f"{result['model']}, {result['threads']} thread(s): first token, of full prefill in the same process"
-    names = ("tokens", "", "first token", "full prefill", "ratio", "ratio, 2nd ask", "forwarded", "decode ratio")
+    names = ("tokens", "", "first token", "full prefill", "ratio", "2nd ask", "floor", "decode", "memory")
     shown = Table(*names, title=title)
     for row in result["summary"]:
         seconds = [f"{row[key]:.2f} s" for key in ("first_token", "full")]
-        ratios = [f"{row[key]:.3f}" for key in ("ratio", "ratio_again")]
-        forwarded = f"{row['forwarded'] / row['prompt_tokens']:.3f}"
+        ratios = [f"{row[key]:.3f}" for key in ("ratio", "ratio_again", "floor")]
+        memory = "" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}"
         shown.add_row(
-            f"{row['prompt_tokens']:.0f}", row["way"], *seconds, *ratios, forwarded, f"{row['decode_ratio']:.2f}"
+            f"{row['prompt_tokens']:.0f}", row["way"], *seconds, *ratios, f"{row['decode_ratio']:.2f}", memory
         )
     return shown
 
