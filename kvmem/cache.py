@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 from kvmem.attention import Step
 from kvmem.entry import EntryKey, KVEntry
@@ -143,15 +143,24 @@ class BlendedCache(Cache):
     It is a private copy: stored entries are copied in and never written to.
     """
 
-    def __init__(self, groups: Sequence[LayerGroup], capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        groups: Sequence[LayerGroup],
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        recurrent: Sequence[int] = (),
+    ) -> None:
         self.groups = tuple(groups)
-        by_index = {
+        self._kept = {
             index: BlendedLayer(index, group, capacity, dtype, device)
             for group in self.groups
             for index in group.layers
         }
-        self.blended: list[BlendedLayer] = [by_index[index] for index in sorted(by_index)]
-        super().__init__(layers=list(self.blended))
+        self.blended: list[BlendedLayer] = [self._kept[index] for index in sorted(self._kept)]
+        self.recurrent = {index: LinearAttentionLayer() for index in recurrent}
+        layers: dict[int, Any] = {**self._kept, **self.recurrent}
+        super().__init__(layers=[layers[index] for index in sorted(layers)])
 
     @property
     def length(self) -> int:
@@ -192,15 +201,31 @@ class BlendedCache(Cache):
                 turn = group.rope.move(rows + entry.start, rows + start)
             keys, values = entry.keys[number], entry.values[number]
             for place, index in enumerate(group.layers):
-                layer = self.blended[index]
+                layer = self._kept[index]
                 layer.keys[0, :, start:end] = keys[place] if turn is None else turn.apply(keys[place])
                 layer.values[0, :, start:end] = values[place]
+        pairs = zip(entry.states[::2], entry.states[1::2], strict=True)
+        for recurrent, (convolved, remembered) in zip(self.recurrent.values(), pairs, strict=True):
+            _restore(recurrent, convolved.to(self.device), remembered.to(self.device))
+
+    @property
+    def device(self) -> torch.device:
+        return self.blended[0].device
+
+    def states(self) -> tuple[Tensor, ...]:
+        """Copies of what recurrent layers remember, on the CPU: for each the inputs of its convolution, and its
+        recurrent state; a tensor without elements where a layer has none. Empty without such layers."""
+        return tuple(
+            torch.empty(0) if state is None else state.detach().cpu().clone()
+            for layer in self.recurrent.values()
+            for state in (layer.conv_states[0], layer.recurrent_states[0])
+        )
 
     def slice(self, start: int, end: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Copies of rows [start, end) on the CPU, stacked per layer group as in `KVEntry`."""
         keys, values = [], []
         for group in self.groups:
-            members = [self.blended[index] for index in group.layers]
+            members = [self._kept[index] for index in group.layers]
             keys.append(torch.stack([m.keys[0, :, start:end] for m in members]).cpu())
             values.append(torch.stack([m.values[0, :, start:end] for m in members]).cpu())
         return tuple(keys), tuple(values)
@@ -208,4 +233,13 @@ class BlendedCache(Cache):
     def entry(self, key: EntryKey, token_ids: tuple[int, ...], start: int, spans: tuple[str, ...]) -> KVEntry:
         """The rows of a span that begins at `start`, as an entry of its own."""
         keys, values = self.slice(start, start + len(token_ids))
-        return KVEntry(key, token_ids, start, spans, keys, values)
+        return KVEntry(key, token_ids, start, spans, keys, values, self.states())
+
+
+def _restore(layer: LinearAttentionLayer, convolved: Tensor, remembered: Tensor) -> None:
+    """Set a recurrent layer to a state that `BlendedCache.states` returned."""
+    layer.lazy_initialization(convolved if convolved.numel() else None, remembered if remembered.numel() else None)
+    for held, state in ((layer.conv_states[0], convolved), (layer.recurrent_states[0], remembered)):
+        if held is not None and state.numel():
+            held.copy_(state)
+    layer.has_previous_state[0] = True

@@ -255,6 +255,25 @@ def speed(
         out.print(benchmark.table(result))
 
 
+@bench.command()
+def task(
+    model: Model = "smollm2",
+    cases: Annotated[int, typer.Option(min=1)] = 80,
+    seed: int = 0,
+    threads: Threads = None,
+    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
+) -> None:
+    """Whether answers stay right that hang on what stands before a chunk."""
+    with _errors():
+        from kvmem.bench import task as benchmark
+        from kvmem.bench.common import write_json
+
+        loaded = LanguageModel.load(model, ModelSettings(threads=threads))
+        result = benchmark.run(loaded, cases, seed=seed)
+        write_json(output / f"task-{Path(model).stem}.json", result)
+        out.print(benchmark.table(result))
+
+
 @bench.command("store")
 def bench_store(
     data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],

@@ -113,6 +113,8 @@ class Composer:
         in_place: a document whose spans are read in place, if all before them is exact, even where the same
             tokens were read in another context.
         """
+        if resident is not None and resident.cache.recurrent:
+            resident = None  # a recurrent state cannot go back to where an earlier prompt ended
         if resident is not None:
             resident.cache.length = len(resident.token_ids)
             resident.cache.reserve(capacity)

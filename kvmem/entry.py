@@ -74,7 +74,7 @@ class EntryInfo:
 
     start: the number of tokens before the span when it was read, its first position.
     spans: digests of the spans before it, first to last.
-    nbytes: bytes of its keys and values.
+    nbytes: bytes of its keys, values and states.
     """
 
     key: EntryKey
@@ -90,6 +90,7 @@ class KVEntry:
     token_ids: n token ids.
     keys, values: one tensor per layer group of the model (see `kvmem.model.LayerGroup`), of shape
         [layers in the group, kv heads, n, head dim], in the model's dtype. Never written to.
+    states: of recurrent layers, what they remember after the span; see `BlendedCache.states`. Empty without them.
     """
 
     key: EntryKey
@@ -98,10 +99,11 @@ class KVEntry:
     spans: tuple[str, ...]
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    states: tuple[Tensor, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values, *self.states))
 
     @property
     def info(self) -> EntryInfo:

@@ -194,7 +194,7 @@ class LanguageModel:
     @property
     def depth(self) -> int:
         """The number of layers."""
-        return sum(len(group.layers) for group in self.anatomy.groups)
+        return sum(len(group.layers) for group in self.anatomy.groups) + len(self.anatomy.recurrent)
 
     @property
     def bytes_per_token(self) -> int:
@@ -203,7 +203,7 @@ class LanguageModel:
         return element * sum(group.elements_per_token for group in self.anatomy.groups)
 
     def new_cache(self, capacity: int) -> BlendedCache:
-        return BlendedCache(self.anatomy.groups, capacity, self.dtype, self.device)
+        return BlendedCache(self.anatomy.groups, capacity, self.dtype, self.device, self.anatomy.recurrent)
 
     def step(self, positions: Tensor) -> Step:
         """A forward at `positions` (int64 [m], ascending) of which only the last token's output may be used."""

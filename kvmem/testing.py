@@ -94,7 +94,10 @@ def make_entry(
 
 def same_entry(first: KVEntry, second: KVEntry) -> bool:
     """Whether two entries are equal, bit for bit."""
-    pairs = list(zip((*first.keys, *first.values), (*second.keys, *second.values), strict=True))
+    one, other = ((*e.keys, *e.values, *e.states) for e in (first, second))
+    if len(one) != len(other):
+        return False
+    pairs = list(zip(one, other, strict=True))
     return (
         first.key == second.key
         and first.token_ids == second.token_ids

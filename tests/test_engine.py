@@ -351,6 +351,35 @@ def test_bad_input_gives_an_error_that_says_what_to_do(
         act(mem, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "context",
+    [["x"], ["x", "y", TEXTS[0]], [TEXTS[0], TEXTS[1], TEXTS[0]], [TEXTS[0], TEXTS[0]], [TEXTS[2], "z" * 900]],
+    ids=["one character", "tiny chunks", "a chunk twice", "a chunk twice in a row", "one endless line"],
+)
+def test_odd_prompts_are_answered_right(mem: KVMem, model: LanguageModel, context: list[str]) -> None:
+    """Tiny chunks, repeated chunks, a question of one character: exact where exact, full prefill where recomputed."""
+    for piece in context:
+        mem.prefill("?", context=[piece])
+    for blend in ("query", "deviation", "first_k", "none"):
+        usage = mem.prefill("?", context=context[::-1], blend={"selector": blend, "recompute": 0.01}).usage
+        assert usage.prompt == usage.exact + usage.reused + usage.recomputed + usage.computed
+    for order in (context, context[::-1]):
+        whole = mem.prefill("?", context=order, blend="all")
+        assert torch.allclose(whole.logits, full_logits(model, whole), atol=1e-3)
+    assert mem.ask("?", context=context, max_tokens=2).text is not None
+
+
+def test_a_chunk_longer_than_the_window_is_an_error_that_changes_nothing(mem: KVMem) -> None:
+    """Chunks given ready-made are not cut; one that can never fit says so."""
+    giant = kvmem.Document("giant", "x" * 9000, {}, ("x" * 9000,))
+    with pytest.raises(kvmem.PromptTooLongError, match="smaller chunks"):
+        mem.ask("?", context=[giant])
+    with pytest.raises(kvmem.EmptyInputError, match="nothing to answer from"):
+        mem.ask("?", context=[])
+    assert mem.list() == ()
+    assert mem.stats().store.entries == 0
+
+
 def test_a_same_length_edit_is_never_served_from_the_warm_buffer(mem: KVMem, model: LanguageModel) -> None:
     """After replacing a document by one with as many tokens, everything behind it is approximate, and so stored."""
     mem.add("The deposit is 100 euros, paid once.", id="a")

@@ -18,7 +18,9 @@ def render(directory: Path) -> str:
     ]
     for path in sorted(directory.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        lines += ["", *_SECTIONS[result["benchmark"]](result), "", _provenance(path, result)]
+        lines += ["", *_SECTIONS[result["benchmark"]](result)]
+        if "machine" in result:
+            lines += ["", _provenance(path, result)]
     return "\n".join(lines) + "\n"
 
 
@@ -102,4 +104,41 @@ def _speed(result: dict[str, Any]) -> list[str]:
     ]
 
 
-_SECTIONS = {"store": _store, "fidelity": _fidelity, "speed": _speed}
+def _task(result: dict[str, Any]) -> list[str]:
+    rows = [
+        (name, f"{row['accuracy']:.2f} [{row['interval'][0]:.2f}, {row['interval'][1]:.2f}]", f"{row['agreement']:.2f}")
+        for name, row in result["summary"].items()
+    ]
+    return [
+        f"## Task: {result['model']}",
+        "",
+        f'{result["settings"]["cases"]} cases of two contracts whose second chunks say only "the tenant", every chunk '
+        f"read alone, {result['prompt_tokens']:.0f} prompt tokens on average: how often the asked tenant's number is more "
+        "likely than the other's (chance is .50), with its 95% bootstrap interval, and how often that agrees with full "
+        "prefill.",
+        "",
+        *_table(("", "right", "as full prefill"), rows),
+    ]
+
+
+def _tried(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "## What was tried for blending",
+        "",
+        f"Short runs that settled the defaults, on questions the fidelity runs do not use: {result['passages']} passages, "
+        f"{100 * result['recompute']:.0f}% recomputed, next to {result['baseline']} on the same questions. Each cell is "
+        "the mean KL and the geometric-mean KL ratio to it.",
+    ]
+    for group in result["groups"]:
+        models = list(group["examples"])
+        counted = ", ".join(f"{model} n = {count}" for model, count in group["examples"].items())
+        rows = [
+            (name, *(f"{r[m]['kl_mean']:.4f} · {r[m]['ratio']:.2f}" if m in r else "" for m in models))
+            for name, r in group["rows"].items()
+        ]
+        lines += ["", f"### {group['title']}", "", f"Questions {group['questions']}; {counted}.", ""]
+        lines += _table(("", *models), rows)
+    return lines
+
+
+_SECTIONS = {"tried": _tried, "store": _store, "fidelity": _fidelity, "speed": _speed, "task": _task}

@@ -47,6 +47,8 @@ def encode(entry: KVEntry, kv_dtype: KVDtype = "native") -> bytes:
             for name, tensor, axis in (("keys", keys, -2), ("values", values, -1)):
                 packed, scale = _pack(tensor, axis, kv_dtype)
                 tensors[f"{name}.{number}"], tensors[f"{name}_scale.{number}"] = packed, scale
+    for number, state in enumerate(entry.states):
+        tensors[f"states.{number}"] = state.contiguous()
     header = {
         "format": f"kvmem/{FORMAT_VERSION}",
         "namespace": entry.key.namespace,
@@ -92,7 +94,10 @@ def decode(path: Path, key: EntryKey | None) -> KVEntry:
             dtype = getattr(torch, header["dtype"])
             keys = tuple(_tensor(file, names, f"keys.{n}", dtype) for n in groups)
             values = tuple(_tensor(file, names, f"values.{n}", dtype) for n in groups)
-            return KVEntry(key, token_ids, int(header["start"]), tuple(json.loads(header["spans"])), keys, values)
+            recurrent = range(sum(name.startswith("states.") for name in names))
+            states = tuple(file.get_tensor(f"states.{n}") for n in recurrent)
+            spans = tuple(json.loads(header["spans"]))
+            return KVEntry(key, token_ids, int(header["start"]), spans, keys, values, states)
     # RuntimeError is what torch raises when a file that was there a moment ago cannot be mapped.
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise DamagedEntryError(str(error)) from error
