@@ -52,6 +52,7 @@ class Repair:
 
 def plan_repair(model: LanguageModel, stitched: Stitched, query: Sequence[int], settings: BlendSettings) -> Repair:
     """Choose what to recompute of `stitched`, whose buffer gets room for `query`, one token or more."""
+    query = query[stitched.known :]
     cache, start = stitched.cache, stitched.cache.length
     end = start + len(query)
     cache.reserve(end)
@@ -141,7 +142,7 @@ def count_usage(model: LanguageModel, stitched: Stitched, repair: Repair, genera
         counts[item.origin] += sum(1 for p in range(item.start, item.end) if p not in recomputed)
     read = stitched.forwarded + len(repair.token_ids)
     return Usage(
-        exact=counts["exact"],
+        exact=counts["exact"] + stitched.known,
         reused=counts["reused"],
         recomputed=len(recomputed),
         computed=counts["computed"],

@@ -41,6 +41,7 @@ class Stitched:
 
     unsaved: entries that were computed on the way and are not stored yet.
     forwarded: tokens that went through the model on the way.
+    known: tokens of the query that the buffer holds as well, exactly.
     """
 
     cache: BlendedCache
@@ -48,6 +49,7 @@ class Stitched:
     exact_end: int = 0
     unsaved: list[KVEntry] = field(default_factory=list)
     forwarded: int = 0
+    known: int = 0
 
     @property
     def token_ids(self) -> list[int]:
@@ -106,10 +108,11 @@ class Composer:
         capacity: int,
         resident: Resident | None = None,
         in_place: str | None = None,
+        query: Sequence[int] = (),
     ) -> Stitched:
         """Stitch `spans` (the prefix first) into a buffer of at least `capacity` rows.
 
-        resident: a buffer to take over; it becomes the result's.
+        resident: a buffer to take over; it becomes the result's, with what it holds of `query` behind the spans.
         in_place: a document whose spans are read in place, if all before them is exact, even where the same
             tokens were read in another context.
         """
@@ -133,16 +136,23 @@ class Composer:
         stitched.exact_end = cache.length
         if rest:
             self._place_approximate(stitched, context, rest)
+        elif resident is not None:
+            # The last token of the query is left to be read: its output is the first token of the answer.
+            pairs = zip(resident.token_ids[cache.length :], query[:-1], strict=False)
+            stitched.known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            cache.length += stitched.known
         return stitched
 
     def _place_exact(self, stitched: Stitched, context: Context, span: Span, resident: bool, anew: bool) -> bool:
         """Place `span` exactly, from the resident buffer, the store, or by reading it; False if it is approximate."""
         cache, start = stitched.cache, stitched.cache.length
         origin: Origin = "exact"
+        key = self.key(context, span)
         if resident:
             cache.length = start + len(span)
+            if not self._store.contains(key):
+                stitched.unsaved.append(cache.entry(key, span.token_ids, start, context.spans))
         else:
-            key = self.key(context, span)
             entry = self._store.get(key)
             if entry is not None:
                 cache.load(entry, start)

@@ -11,7 +11,7 @@ from kvmem.document import Chunk, Document, split
 from kvmem.entry import digest_tokens
 from kvmem.errors import UnknownDocumentError
 from kvmem.model import LanguageModel
-from kvmem.prompt import Span, chunk_span
+from kvmem.prompt import Span, Typesetter
 from kvmem.settings import SplitSettings
 from kvmem.store.base import Store
 
@@ -19,9 +19,12 @@ from kvmem.store.base import Store
 class Corpus:
     """Documents by id. Reading back after a restart gives the same documents in the same order."""
 
-    def __init__(self, store: Store, model: LanguageModel, namespace: str, settings: SplitSettings) -> None:
+    def __init__(
+        self, store: Store, model: LanguageModel, typesetter: Typesetter, namespace: str, settings: SplitSettings
+    ) -> None:
         self._rows = store.documents
         self._model, self._namespace, self._settings = model, namespace, settings
+        self._typesetter = typesetter
         self._spans: dict[str, Span] = {}
         self._lock = threading.Lock()
 
@@ -86,7 +89,7 @@ class Corpus:
         key = digest_tokens(chunk.text.encode()) + chunk.document_id
         with self._lock:
             if key not in self._spans:
-                self._spans[key] = chunk_span(self._model, chunk.text, chunk.document_id)
+                self._spans[key] = self._typesetter.chunk(chunk.text, chunk.document_id)
             return self._spans[key]
 
     def in_use(self) -> set[str]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,47 @@ def split(text: str, count_tokens: Callable[[str], int], settings: SplitSettings
     return tuple(chunks)
 
 
+def segment(text: str, count_tokens: Callable[[str], int], minimum: int) -> tuple[str, ...]:
+    """Cut `text` where a text inside it, wherever it stands, would be cut too; the pieces concatenate to it.
+
+    Every paragraph of `minimum` tokens is a piece of its own; shorter ones are joined with each other. Long paragraphs
+    are cut at ends of lines and sentences that are chosen by their surrounding text alone, and at the latest where
+    `split` would.
+    """
+    pieces: list[str] = []
+    small, size = "", 0
+    for part, tokens in _paragraphs(_atoms(text, count_tokens, _LONGEST_PIECE)):
+        if tokens >= minimum and small:
+            pieces.append(small)
+            small, size = "", 0
+        small, size = small + part, size + tokens
+        if size >= minimum:
+            pieces.append(small)
+            small, size = "", 0
+    return (*pieces, small) if small else tuple(pieces)
+
+
+def _paragraphs(atoms: Sequence[_Atom]) -> Iterator[tuple[str, int]]:
+    """Paragraphs, and pieces of long ones, with their tokens."""
+    part, size = "", 0
+    for index, atom in enumerate(atoms):
+        part, size = part + atom.text, size + atom.tokens
+        following = atoms[index + 1] if index + 1 < len(atoms) else None
+        chosen = following is not None and size >= _LONG_PIECE and _digest(atom.text + following.text)[0] in "0123"
+        full = following is not None and size + following.tokens > _LONGEST_PIECE
+        if following is None or atom.strength >= _BLANK_LINE or chosen or full:
+            yield part, size
+            part, size = "", 0
+
+
+_BLANK_LINE = 2
+_LONG_PIECE, _LONGEST_PIECE = 192, 512
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
 @dataclass(frozen=True)
 class _Atom:
     """A piece that is never cut. strength: how natural it is to cut after it, higher is better."""
@@ -152,7 +193,7 @@ def _end_of_chunk(atoms: Sequence[_Atom], first: int, settings: SplitSettings) -
             return len(atoms)
         if size >= settings.minimum:
             around = atoms[index].text + atoms[index + 1].text
-            rank = (atoms[index].strength, hashlib.blake2b(around.encode(), digest_size=8).hexdigest())
+            rank = (atoms[index].strength, _digest(around))
             if rank > best_rank:
                 best, best_rank = index + 1, rank
         elif best_rank == (-1, ""):

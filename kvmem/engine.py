@@ -24,7 +24,7 @@ from kvmem.document import Document, Metadata, as_document
 from kvmem.errors import ClosedError, InputError, PromptTooLongError
 from kvmem.generate import Sampling, generate
 from kvmem.model import LanguageModel
-from kvmem.prompt import DEFAULT_SYSTEM, Span
+from kvmem.prompt import DEFAULT_SYSTEM, Message, Span, Typesetter
 from kvmem.request import Context, Request, RequestBuilder
 from kvmem.retrieve import BM25Retriever, Retriever
 from kvmem.settings import BlendSettings, ModelSettings, Settings
@@ -72,9 +72,11 @@ class KVMem:
         if not self.model.blendable:
             reason = self.model.anatomy.reason
             logger.warning("kvmem: %s reuses exact prefixes only, since %s", self.model.name, reason)
-        self._corpus = Corpus(self.store, self.model, namespace, self.settings.split)
-        self._requests = RequestBuilder(self.model, self._corpus, self.retriever, self.settings)
-        preamble = self._requests.frame(DEFAULT_SYSTEM).prefix
+        typesetter = Typesetter(self.model)
+        self._corpus = Corpus(self.store, self.model, typesetter, namespace, self.settings.split)
+        self._requests = RequestBuilder(self.model, self._corpus, typesetter, self.retriever, self.settings)
+        neutral = self._requests.prefix(DEFAULT_SYSTEM)
+        preamble = Span(tuple(token for span in neutral for token in span.token_ids))
         self._composer = Composer(self.model, self.store, namespace, preamble)
         self._resident: Resident | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kvmem")
@@ -160,23 +162,24 @@ class KVMem:
 
     def _read(self, document: Document, anew: bool) -> None:
         """Bring the document's chunks into the store: in place behind the corpus while that fits the window."""
-        prefix = self._requests.frame(None).prefix
+        prefix = self._requests.prefix(None)
         corpus = [self._corpus.span(chunk) for chunk in self._corpus.chunks()]
-        if len(prefix) + sum(map(len, corpus)) + self.settings.max_tokens <= self.model.window:
-            self._keep(self._stitch([prefix, *corpus], in_place=document.id if anew else None))
+        before = sum(map(len, prefix))
+        if before + sum(map(len, corpus)) + self.settings.max_tokens <= self.model.window:
+            self._keep(self._stitch([*prefix, *corpus], in_place=document.id if anew else None))
             return
         run: Spans = []
         for span in (self._corpus.span(chunk) for chunk in chunks_of(document)):
-            if len(prefix) + len(span) > self.model.window:
+            if before + len(span) > self.model.window:
                 raise PromptTooLongError(
                     f"A chunk of {len(span)} tokens does not fit the model's window of {self.model.window}. "
                     "Give smaller chunks, or let kvmem split the text."
                 )
-            if run and len(prefix) + sum(map(len, run)) + len(span) > self.model.window:
-                self._keep(self._stitch([prefix, *run]))
+            if run and before + sum(map(len, run)) + len(span) > self.model.window:
+                self._keep(self._stitch([*prefix, *run]))
                 run = []
             run.append(span)
-        self._keep(self._stitch([prefix, *run]))
+        self._keep(self._stitch([*prefix, *run]))
 
     def _forget(self, document: Document) -> None:
         used = self._corpus.in_use()
@@ -238,20 +241,74 @@ class KVMem:
     ) -> AnswerStream:
         """Like `ask`, as an iterator of text pieces; its `.answer` is the whole answer."""
         started = time.perf_counter()
-        self._check_open()
-        sampling = Sampling(
-            max_tokens=self.settings.max_tokens if max_tokens is None else max_tokens,
-            temperature=temperature or 0.0,
-            top_p=top_p,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
-            seed=seed,
-            extra=generate_kwargs,
+        options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "stop": stop, "seed": seed}
+        sampling = self._sampling(options, generate_kwargs)
+        return self._start(
+            lambda: self._requests.for_question(started, question, context, system, sampling.max_tokens),
+            blend,
+            sampling,
         )
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        context: Context = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> Answer:
+        """Continue a conversation: `[{"role": "user", "content": "..."}]`, in the roles of the model's template.
+
+        Long texts in messages are cut and cached, so that what was seen before is not read again, wherever it stands.
+        context: texts or documents, as in `ask`, put at the end of the system message; without it, no documents.
+        tools: JSON schemas of functions, handed to the model's template. options: as in `ask`.
+        When the window is full, the oldest turns are left out, and `plan` says so.
+        Raises EmptyInputError, InputError, PromptTooLongError.
+        """
+        return self.stream_chat(messages, context=context, tools=tools, **options).answer
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        context: Context = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        blend: BlendSettings | str | Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> AnswerStream:
+        """Like `chat`, as an iterator of text pieces; its `.answer` is the whole answer."""
+        started = time.perf_counter()
+        named = {name: options.pop(name, None) for name in ("max_tokens", "temperature", "top_p", "stop", "seed")}
+        sampling = self._sampling(named, options)
+
+        def build() -> Request:
+            return self._requests.for_messages(started, messages, context, sampling.max_tokens, tools)
+
+        return self._start(build, blend, sampling)
+
+    def _sampling(self, options: Mapping[str, Any], extra: Mapping[str, Any]) -> Sampling:
+        stop, max_tokens = options["stop"], options["max_tokens"]
+        return Sampling(
+            max_tokens=self.settings.max_tokens if max_tokens is None else max_tokens,
+            temperature=options["temperature"] or 0.0,
+            top_p=options["top_p"],
+            stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+            seed=options["seed"],
+            extra=extra,
+        )
+
+    def _start(
+        self,
+        build: Callable[[], Request],
+        blend: BlendSettings | str | Mapping[str, Any] | None,
+        sampling: Sampling,
+    ) -> AnswerStream:
+        self._check_open()
         settings = self._blend(blend)
 
         def work(listener: Listener) -> Answer:
             with self._work():
-                request = self._requests.build(started, question, context, system, sampling.max_tokens)
+                request = build()
                 listener.planned(request.plan, request.sources)
                 return self._answer(request, settings, sampling, listener)
 
@@ -275,8 +332,8 @@ class KVMem:
         settings = self._blend(blend)
 
         def work() -> Prefill:
-            request = self._requests.build(started, question, context, system, self.settings.max_tokens)
-            stitched = self._stitch(request.prompt.spans, spare=len(request.prompt.query))
+            request = self._requests.for_question(started, question, context, system, self.settings.max_tokens)
+            stitched = self._stitch(request.prompt.spans, request.prompt.query)
             after_stitch = time.perf_counter()
             repair = plan_repair(self.model, stitched, request.prompt.query, settings)
             logits = repair.run(self.model, stitched.cache)
@@ -291,15 +348,17 @@ class KVMem:
         return self._run(work)
 
     def _answer(self, request: Request, blend: BlendSettings, sampling: Sampling, listener: Listener) -> Answer:
-        spare = len(request.prompt.query) + sampling.max_tokens
-        stitched = self._stitch(request.prompt.spans, spare)
+        prompt = request.prompt
+        stitched = self._stitch(prompt.spans, prompt.query, spare=sampling.max_tokens)
         after_stitch = time.perf_counter()
-        repair = plan_repair(self.model, stitched, request.prompt.query, blend)
+        repair = plan_repair(self.model, stitched, prompt.query, blend)
         first = repair.as_first_forward(self.model, stitched.cache)
+        after: tuple[int, ...] = ()
         try:
-            generated = generate(self.model, stitched.cache, request.prompt.token_ids, sampling, listener, first)
+            generated = generate(self.model, stitched.cache, prompt.token_ids, sampling, listener, first)
+            after = (*prompt.query, *generated.token_ids)
         finally:
-            self._keep(stitched, blend)
+            self._keep(stitched, blend, after)
         return Answer(
             text=generated.text,
             sources=request.sources,
@@ -309,14 +368,23 @@ class KVMem:
             finish_reason=generated.finish_reason,
         )
 
-    def _stitch(self, spans: Sequence[Span], spare: int = 0, in_place: str | None = None) -> Stitched:
+    def _stitch(
+        self, spans: Sequence[Span], query: Sequence[int] = (), spare: int = 0, in_place: str | None = None
+    ) -> Stitched:
         resident, self._resident = self._resident, None
-        return self._composer.compose(spans, sum(map(len, spans)) + spare, resident, in_place)
+        capacity = sum(map(len, spans)) + len(query) + spare
+        return self._composer.compose(spans, capacity, resident, in_place, query)
 
-    def _keep(self, stitched: Stitched, blend: BlendSettings | None = None) -> None:
-        """Store what is new, and keep the buffer's exact rows for the next prompt."""
+    def _keep(self, stitched: Stitched, blend: BlendSettings | None = None, after: Sequence[int] = ()) -> None:
+        """Store what is new, and keep the buffer's exact rows for the next prompt.
+
+        after: tokens that were read or generated behind the spans.
+        """
         self._save(stitched, blend)
-        self._resident = Resident(stitched.cache, tuple(stitched.token_ids[: stitched.exact_end]))
+        exact = stitched.token_ids[: stitched.exact_end]
+        if not stitched.segments:
+            exact = [*exact, *after][: stitched.cache.length]
+        self._resident = Resident(stitched.cache, tuple(exact))
 
     def _save(self, stitched: Stitched, blend: BlendSettings | None) -> None:
         if blend is not None and blend.selector == "all":

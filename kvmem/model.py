@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
@@ -164,14 +164,19 @@ class LanguageModel:
     def count_tokens(self, text: str) -> int:
         return len(self.tokenize(text, markup=False))
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """The chat template applied to `messages`, up to where the answer begins."""
         if not self.tokenizer.chat_template:
             lines = [m["content"] for m in messages]
             bos = self.tokenizer.bos_token or ""
             return bos + "\n\n".join(lines) + "\n\nAnswer:"
+        options = {"tools": [dict(tool) for tool in tools]} if tools else {}
         try:
-            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [dict(m) for m in messages], tokenize=False, add_generation_prompt=True, **options
+                )
+            )
         except Exception as error:
             if messages[0]["role"] != "system" or len(messages) < 2:
                 raise ModelError(
@@ -180,7 +185,7 @@ class LanguageModel:
                 ) from error
             # Templates without a system role (Gemma 2) take the system text at the head of the first turn.
             merged = messages[0]["content"] + "\n\n" + messages[1]["content"]
-            return self.render([{"role": messages[1]["role"], "content": merged}, *messages[2:]])
+            return self.render([{**messages[1], "content": merged}, *messages[2:]], tools)
 
     @cached_property
     def anatomy(self) -> Anatomy:

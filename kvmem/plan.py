@@ -19,6 +19,7 @@ class Plan:
     reason: why, in one sentence.
     chunks: indices of the chunks taken, ascending.
     prompt_tokens: prefix + chunks + query. window: the model's limit. over: tokens that did not fit.
+    dropped: messages of the history that were left out, oldest first.
     """
 
     mode: Mode
@@ -27,6 +28,7 @@ class Plan:
     prompt_tokens: int
     window: int
     over: int = 0
+    dropped: int = 0
 
 
 def make_plan(
@@ -46,13 +48,14 @@ def make_plan(
     fixed = prefix + query + answer
     if fixed > window:
         raise PromptTooLongError(
-            f"The question needs {query} tokens; with {prefix} of system prompt and {answer} kept free for the "
+            f"The question needs {query} tokens; with {prefix} before it and {answer} kept free for the "
             f"answer that is {fixed - window} more than the model's window of {window}. "
             "Shorten the question, pass long text as context or add() it, or lower max_tokens."
         )
     total = fixed + sum(chunks)
     if total <= window:
-        reason = f"all {len(chunks)} chunks fit: {total} of {window} tokens, {answer} of them for the answer"
+        what = f"all {len(chunks)} chunks fit" if chunks else "the prompt fits"
+        reason = f"{what}: {total} of {window} tokens, {answer} of them for the answer"
         return Plan("whole", reason, tuple(range(len(chunks))), total - answer, window)
     room = window - fixed
     relevance = scores()

@@ -1,25 +1,32 @@
-"""Prompt: the model's chat template, cut into prefix, chunks and query.
+"""Prompt: messages, rendered by the model's own chat template and cut into spans.
 
-Each part is tokenised by itself and the ids are joined, so a chunk has the same ids wherever it stands.
+Each span is tokenised by itself and the ids are joined, so a text has the same ids wherever it stands. Texts of
+messages are plain text: markup of the template written in them stays what it is, text.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Any
 
+from kvmem.document import segment
 from kvmem.entry import digest_tokens
-from kvmem.errors import ModelError
+from kvmem.errors import InputError, ModelError
 from kvmem.model import LanguageModel
 
 DEFAULT_SYSTEM = "You answer questions about the documents below. Answer briefly, using only what they say."
-_CONTEXT_MARK = "\u241fcontext\u241f"
-_QUESTION_MARK = "\u241fquestion\u241f"
+Message = Mapping[str, Any]
+# Spans of messages are at least so long: shorter ones save less than they cost to keep.
+SMALLEST_SPAN = 48
+_MARK = "\u241f"
 
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of a prompt that is cached as a whole. document: None for the prefix."""
+    """A piece of a prompt that is cached as a whole. document: None for what is not of a document."""
 
     token_ids: tuple[int, ...]
     document: str | None = None
@@ -33,59 +40,144 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Frame:
-    """The chat template for one system prompt: `prefix` before the chunks, `before` and `after` the question."""
-
-    prefix: Span
-    before: str
-    after: str
-
-
-@dataclass(frozen=True)
 class Prompt:
-    """prefix, chunks and query, in this order, are the whole prompt."""
+    """The spans, and behind them the query, which is read anew, are the whole prompt."""
 
-    prefix: Span
-    chunks: tuple[Span, ...]
+    spans: tuple[Span, ...]
     query: tuple[int, ...]
-
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        """What is cached: the prefix and the chunks."""
-        return self.prefix, *self.chunks
 
     @property
     def token_ids(self) -> list[int]:
         return [token for span in self.spans for token in span.token_ids] + list(self.query)
 
 
-def make_frame(model: LanguageModel, system: str) -> Frame:
-    """Cut the template of `model` around the places of the chunks and of the question."""
-    text = model.render(
-        [
-            {"role": "system", "content": f"{system}\n\n{_CONTEXT_MARK}"},
-            {"role": "user", "content": _QUESTION_MARK},
-        ]
-    )
-    if text.count(_CONTEXT_MARK) != 1 or text.count(_QUESTION_MARK) != 1:
-        raise ModelError(
-            f"The chat template of {model.name!r} does not show the system and user text once each. "
-            "Set another tokenizer.chat_template."
-        )
-    head, rest = text.split(_CONTEXT_MARK)
-    before, after = rest.split(_QUESTION_MARK)
-    return Frame(Span(model.tokenize(head, markup=True)), before, after)
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a rendered prompt. markup: of the template, so special tokens in it are meant. document: its id,
+    if it is a chunk of one; it is a span of its own then."""
+
+    text: str
+    markup: bool = False
+    document: str | None = None
 
 
-def chunk_span(model: LanguageModel, text: str, document: str) -> Span:
-    """A chunk as it stands in every prompt: its text and a blank line."""
-    return Span(model.tokenize(text.strip("\n") + "\n\n", markup=False), document)
+CONTEXT = Piece("")
+"""Stands where documents of the corpus go."""
 
 
-def query_ids(model: LanguageModel, frame: Frame, question: str) -> tuple[int, ...]:
-    """The question with what the template puts around it; markup in the question itself is plain text."""
-    return (
-        *model.tokenize(frame.before, markup=True),
-        *model.tokenize(question, markup=False),
-        *model.tokenize(frame.after, markup=True),
-    )
+@dataclass(frozen=True)
+class Layout:
+    """A prompt without its context: spans before and behind it, and the query."""
+
+    before: tuple[Span, ...]
+    after: tuple[Span, ...]
+    query: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.before)) + sum(map(len, self.after)) + len(self.query)
+
+
+class Typesetter:
+    """Lays out messages for one model."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._tokenize = lru_cache(4096)(lambda text, markup: model.tokenize(text, markup=markup))
+
+    def lay_out(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> Layout:
+        """Render `messages` and cut them. A message's content is a text, or a sequence of texts and `Piece`s.
+
+        Long texts are cut at content-defined places, so that a text which was seen before is found again even when
+        what stands around it has changed. The end of the last message and what the template puts behind it are the
+        query.
+        """
+        pieces = self._render(messages, tools)
+        texts = [i for i, piece in enumerate(pieces) if not piece.markup and piece.document is None and piece.text]
+        spans: list[Span] = []
+        current: list[int] = []
+        split_at: int | None = None
+
+        def close() -> None:
+            if current:
+                spans.append(Span(tuple(current)))
+                current.clear()
+
+        for number, piece in enumerate(pieces):
+            if piece is CONTEXT or piece.document is not None:
+                close()
+            if piece is CONTEXT:
+                split_at = len(spans)
+            elif piece.document is not None:
+                spans.append(Span(self._tokenize(_standing(piece.text), False), piece.document))
+            elif piece.markup:
+                current += self._tokenize(piece.text, True)
+            else:
+                parts = self._segments(piece.text)
+                for index, part in enumerate(parts):
+                    ids = self._tokenize(part, False)
+                    # A system message stays with the head of the template, which is nothing by itself.
+                    at_head = number <= 1 and index == 0 and messages[0]["role"] == "system"
+                    if len(ids) >= SMALLEST_SPAN and not at_head:
+                        close()
+                    current += ids
+                    last = number == texts[-1] and index + 1 == len(parts)
+                    if len(current) >= SMALLEST_SPAN and not last:
+                        close()
+        edge = len(spans) if split_at is None else split_at
+        return Layout(tuple(spans[:edge]), tuple(spans[edge:]), tuple(current))
+
+    def chunk(self, text: str, document: str) -> Span:
+        """A chunk of a document as it stands in every prompt: its text and a blank line."""
+        return Span(self._model.tokenize(_standing(text), markup=False), document)
+
+    def _segments(self, text: str) -> tuple[str, ...]:
+        return segment(text, lambda part: len(self._tokenize(part, False)), SMALLEST_SPAN)
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[Piece]:
+        """The template's text and the messages' own, in order."""
+        contents: list[Piece] = []
+        marked = []
+        for message in messages:
+            text = ""
+            for part in as_pieces(message.get("content")):
+                if part.text or part is CONTEXT:
+                    text += f"{_MARK}{len(contents)}{_MARK}"
+                    contents.append(part)
+            marked.append({**message, "content": text})
+        parts = re.split(f"{_MARK}(\\d+){_MARK}", self._model.render(marked, tools))
+        if [int(n) for n in parts[1::2]] != list(range(len(contents))):
+            raise ModelError(
+                f"The chat template of {self._model.name!r} does not show every message's text once and in order. "
+                "Set another tokenizer.chat_template."
+            )
+        pieces = [Piece(parts[0], markup=True)]
+        for number, text in zip(parts[1::2], parts[2::2], strict=True):
+            pieces += [contents[int(number)], Piece(text, markup=True)]
+        return [piece for piece in pieces if piece.text or piece is CONTEXT]
+
+
+def as_pieces(content: Any) -> list[Piece]:
+    """The content of a message as pieces. Raises InputError."""
+    if content is None:
+        return []
+    if isinstance(content, (str, Piece)):
+        content = [content]
+    if not isinstance(content, Iterable):
+        raise InputError(f"The content of a message is a {type(content).__name__}. Give a text.")
+    pieces = []
+    for part in content:
+        if isinstance(part, str):
+            pieces.append(Piece(part))
+        elif isinstance(part, Piece):
+            pieces.append(part)
+        elif isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+            pieces.append(Piece(part["text"]))
+        else:
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise InputError(f"A message holds content of type {kind!r}; this model reads text. Give text.")
+    return pieces
+
+
+def _standing(text: str) -> str:
+    return text.strip("\n") + "\n\n"

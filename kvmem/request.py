@@ -1,10 +1,10 @@
-"""From a question to a checked and planned prompt."""
+"""From messages to a checked and planned prompt."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvmem.answer import Source
@@ -13,7 +13,7 @@ from kvmem.document import Chunk, Document, as_document, check_text, split
 from kvmem.errors import EmptyInputError, InputError
 from kvmem.model import LanguageModel
 from kvmem.plan import Plan, make_plan
-from kvmem.prompt import DEFAULT_SYSTEM, Frame, Prompt, make_frame, query_ids
+from kvmem.prompt import CONTEXT, DEFAULT_SYSTEM, Layout, Message, Piece, Prompt, Span, Typesetter, as_pieces
 from kvmem.retrieve import Retriever
 from kvmem.settings import Settings
 
@@ -34,61 +34,117 @@ class Request:
 class RequestBuilder:
     """Builds requests over one corpus."""
 
-    def __init__(self, model: LanguageModel, corpus: Corpus, retriever: Retriever, settings: Settings) -> None:
+    def __init__(
+        self, model: LanguageModel, corpus: Corpus, typesetter: Typesetter, retriever: Retriever, settings: Settings
+    ) -> None:
         self._model, self._corpus, self._retriever, self._settings = model, corpus, retriever, settings
-        self._frames: dict[str, Frame] = {}
+        self._typesetter = typesetter
 
-    def frame(self, system: str | None) -> Frame:
-        """The template for a system prompt; None is the one of the settings."""
-        text = next(s for s in (system, self._settings.system, DEFAULT_SYSTEM) if s is not None)
-        if text not in self._frames:
-            self._frames[text] = make_frame(self._model, text)
-        return self._frames[text]
+    def prefix(self, system: str | None) -> tuple[Span, ...]:
+        """What stands before the documents; None is the system prompt of the settings."""
+        return self._typesetter.lay_out(self._question("?", system)).before
 
-    def build(
-        self,
-        started: float,
-        question: str,
-        context: Context,
-        system: str | None,
-        answer_tokens: int,
+    def for_question(
+        self, started: float, question: str, context: Context, system: str | None, answer_tokens: int
     ) -> Request:
+        """A request to answer from the corpus, or from `context`."""
         if not isinstance(question, str):
             raise InputError(f"The question is a {type(question).__name__}. Give a str.")
         check_text(question, "The question")
         if not question.strip():
             raise EmptyInputError("The question is empty. Ask something.")
-        frame = self.frame(system)
-        chunks = self._corpus.chunks() if context is None else self._context_chunks(context)
+        chunks = self._corpus.chunks() if context is None else self.context_chunks(context)
         if not chunks:
             raise EmptyInputError(
                 "There is nothing to answer from: the corpus is empty. add() a document first, "
                 "or pass texts as context=[...]."
             )
+        return self._build(started, self._question(question, system), question, chunks, answer_tokens, None)
+
+    def for_messages(
+        self,
+        started: float,
+        messages: Sequence[Message],
+        context: Context,
+        answer_tokens: int,
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> Request:
+        """A request to continue a conversation; `context` goes to the end of its system message."""
+        checked = check_messages(messages)
+        asked = next((text for m in reversed(checked) if (text := text_of(m))), "")
+        if not asked:
+            raise EmptyInputError("The messages have no text. Say something.")
+        chunks = [] if context is None else self.context_chunks(context)
+        if chunks:
+            checked = self._with_context(checked)
+        return self._build(started, checked, asked, chunks, answer_tokens, tools)
+
+    def _question(self, question: str, system: str | None) -> list[Message]:
+        return [
+            {"role": "system", "content": [self._system(system) + "\n\n", CONTEXT]},
+            {"role": "user", "content": question},
+        ]
+
+    def _system(self, system: str | None) -> str:
+        return next(s for s in (system, self._settings.system, DEFAULT_SYSTEM) if s is not None)
+
+    def _with_context(self, messages: list[Message]) -> list[Message]:
+        if messages[0]["role"] != "system":
+            return [{"role": "system", "content": [self._system(None) + "\n\n", CONTEXT]}, *messages]
+        content = [*as_pieces(messages[0]["content"]), Piece("\n\n"), CONTEXT]
+        return [{**messages[0], "content": content}, *messages[1:]]
+
+    def _build(
+        self,
+        started: float,
+        messages: list[Message],
+        question: str,
+        chunks: Sequence[Chunk],
+        answer_tokens: int,
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> Request:
         spans = [self._corpus.span(chunk) for chunk in chunks]
-        query = query_ids(self._model, frame, question)
+        layout, dropped = self._trim(messages, sum(map(len, spans)), answer_tokens, tools)
         scores: list[float] = []
 
         def score() -> Sequence[float]:
             scores.extend(self._retriever.score(question, chunks))
             return scores
 
+        before = sum(map(len, layout.before))
         plan = make_plan(
-            prefix=len(frame.prefix),
+            prefix=before,
             chunks=[len(span) for span in spans],
-            query=len(query),
+            query=layout.tokens - before,
             answer=answer_tokens,
             window=self._model.window,
             scores=score,
         )
+        if dropped:
+            reason = f"{plan.reason}; the oldest {dropped} messages did not fit and were left out"
+            plan = replace(plan, reason=reason, dropped=dropped)
         sources = tuple(
             Source(c.document_id, c.index, c.text, c.metadata, scores[i] if scores else None)
             for i, c in ((i, chunks[i]) for i in plan.chunks)
         )
         taken = tuple(spans[i] for i in plan.chunks)
-        return Request(started, Prompt(frame.prefix, taken, query), plan, sources, time.perf_counter())
+        prompt = Prompt((*layout.before, *taken, *layout.after), layout.query)
+        return Request(started, prompt, plan, sources, time.perf_counter())
 
-    def _context_chunks(self, context: Iterable[Any]) -> Sequence[Chunk]:
+    def _trim(
+        self, messages: list[Message], context: int, answer: int, tools: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[Layout, int]:
+        """Leave out the oldest turns until the rest fits beside the answer and a quarter window of context."""
+        kept = messages
+        room = self._model.window - answer - min(context, self._model.window // 4)
+        while True:
+            layout = self._typesetter.lay_out(kept, tools)
+            if layout.tokens <= room or (shorter := without_oldest_turn(kept)) is None:
+                return layout, len(messages) - len(kept)
+            kept = shorter
+
+    def context_chunks(self, context: Iterable[Any]) -> Sequence[Chunk]:
+        """The chunks of texts or documents that are not in the corpus."""
         if isinstance(context, (str, bytes)):
             raise InputError("context is one text. Give a list of texts or documents.")
         chunks: list[Chunk] = []
@@ -97,3 +153,29 @@ class RequestBuilder:
             pieces = document.chunks or split(document.text, self._model.count_tokens, self._settings.split)
             chunks += chunks_of(Document(document.id, document.text, document.metadata, pieces))
         return chunks
+
+
+def check_messages(messages: Sequence[Message]) -> list[Message]:
+    """Raises InputError, EmptyInputError."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise InputError('The messages are not a list. Give [{"role": "user", "content": "..."}].')
+    checked = list(messages)
+    if not checked:
+        raise EmptyInputError('There are no messages. Give [{"role": "user", "content": "..."}].')
+    for message in checked:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InputError(f'{message!r} is not a message. Give {{"role": "user", "content": "..."}}.')
+        check_text(text_of(message), "A message")
+    return checked
+
+
+def text_of(message: Message) -> str:
+    return "".join(piece.text for piece in as_pieces(message.get("content")))
+
+
+def without_oldest_turn(messages: list[Message]) -> list[Message] | None:
+    """Without the first message that is not of the system, and all up to the next one of the user; None when only
+    the last turn is left."""
+    head = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    following = next((i for i in range(head + 1, len(messages)) if messages[i]["role"] == "user"), None)
+    return None if following is None else [*messages[:head], *messages[following:]]
