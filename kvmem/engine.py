@@ -261,7 +261,8 @@ class KVMem:
 
         Long texts in messages are cut and cached, so that what was seen before is not read again, wherever it stands.
         context: texts or documents, as in `ask`, put at the end of the system message; without it, no documents.
-        tools: JSON schemas of functions, handed to the model's template. options: as in `ask`.
+        tools: JSON schemas of functions, handed to the model's template. options: as in `ask`, and `schema`, a JSON
+            schema that the answer then keeps to.
         When the window is full, the oldest turns are left out, and `plan` says so.
         Raises EmptyInputError, InputError, PromptTooLongError.
         """
@@ -278,7 +279,8 @@ class KVMem:
     ) -> AnswerStream:
         """Like `chat`, as an iterator of text pieces; its `.answer` is the whole answer."""
         started = time.perf_counter()
-        named = {name: options.pop(name, None) for name in ("max_tokens", "temperature", "top_p", "stop", "seed")}
+        names = ("max_tokens", "temperature", "top_p", "stop", "seed", "schema")
+        named = {name: options.pop(name, None) for name in names}
         sampling = self._sampling(named, options)
 
         def build() -> Request:
@@ -294,6 +296,7 @@ class KVMem:
             top_p=options["top_p"],
             stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
             seed=options["seed"],
+            schema=options.get("schema"),
             extra=extra,
         )
 

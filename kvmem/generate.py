@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from kvmem.answer import FinishReason
 from kvmem.cache import BlendedCache
+from kvmem.constrain import JsonConstraint, Schema
 from kvmem.errors import InputError, first_line
 from kvmem.model import LanguageModel
 from kvmem.stream import Listener
@@ -39,7 +40,8 @@ _RESERVED = {
 class Sampling:
     """How tokens are drawn, by the names of LangChain and of transformers.
 
-    temperature 0 is greedy. extra: more of `transformers.GenerationConfig`, or arguments of `generate`.
+    temperature 0 is greedy. schema: a JSON schema that the answer keeps to. extra: more of
+    `transformers.GenerationConfig`, or arguments of `generate`.
     """
 
     max_tokens: int
@@ -47,6 +49,7 @@ class Sampling:
     top_p: float | None = None
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    schema: Schema | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -95,6 +98,10 @@ def generate(
     """
     streamer = _Streamer(model, sampling.stop, listener.text)
     prompt = torch.tensor([list(token_ids)], device=model.device)
+    options = sampling.options()
+    if sampling.schema is not None:
+        constraint = JsonConstraint(model, sampling.schema, sampling.max_tokens)
+        options["logits_processor"] = LogitsProcessorList([*options.get("logits_processor", ()), constraint])
     config = GenerationConfig(**_ends(model))
     with (
         torch.no_grad(),
@@ -111,7 +118,7 @@ def generate(
                 past_key_values=cache,
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([_Stop(streamer, listener)]),
-                **sampling.options(),
+                **options,
             )
         except (ValueError, TypeError, RuntimeError) as error:
             raise InputError(

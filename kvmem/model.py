@@ -154,6 +154,31 @@ class LanguageModel:
         ]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
+    @cached_property
+    def knows_tools(self) -> bool:
+        """Whether the chat template tells the model what tools there are."""
+        function = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
+        message = [{"role": "user", "content": "?"}]
+        return self.render(message, [{"type": "function", "function": function}]) != self.render(message)
+
+    @cached_property
+    def grammar_tokenizer(self) -> Any:
+        """The tokenizer as llguidance wants it. Raises InputError."""
+        from llguidance.hf import from_tokenizer
+
+        end = self.hf.generation_config.eos_token_id
+        try:
+            return from_tokenizer(
+                self.tokenizer,
+                n_vocab=int(self.hf.config.get_text_config().vocab_size),
+                eos_token=end if end is not None else self.tokenizer.eos_token_id,
+            )
+        except Exception as error:  # llguidance raises what its Rust side does
+            raise InputError(
+                f"The tokenizer of {self.name!r} cannot be used for answers in JSON: {first_line(error)}. "
+                "A fast tokenizer of a kind that llguidance knows is needed."
+            ) from error
+
     def tokenize(self, text: str, *, markup: bool) -> tuple[int, ...]:
         """Token ids of `text` alone. Without `markup`, special tokens written in the text are plain text."""
         # Fast tokenizers keep `split_special_tokens` as state between calls.

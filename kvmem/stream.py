@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Executor, Future
+from contextlib import suppress
 from types import TracebackType
 from typing import Protocol
 
@@ -30,7 +32,7 @@ class Listener(Protocol):
 
 
 class AnswerStream:
-    """An iterator of text pieces. Work begins when it is created; closing it early cancels the work.
+    """An iterator of text pieces, also for `async for`. Work begins when it is created; closing it early cancels it.
 
     `plan` and `sources` wait until the prompt is decided; `answer` waits for the end. All three raise what the
     work raised.
@@ -52,6 +54,35 @@ class AnswerStream:
             raise StopIteration
         return piece
 
+    def __aiter__(self) -> AnswerStream:
+        return self
+
+    async def __anext__(self) -> str:
+        """The next piece, without blocking the event loop; leaving it closes the stream."""
+        try:
+            piece = await self._channel.take_async()
+        except asyncio.CancelledError:
+            self.close()
+            raise
+        if piece is None:
+            if not self._channel.cancelled():
+                await self.wait()
+            raise StopAsyncIteration
+        return piece
+
+    async def wait(self) -> Answer:
+        """The whole answer, without blocking the event loop; leaving it closes the stream."""
+        try:
+            return await asyncio.wrap_future(self._future)
+        except asyncio.CancelledError:
+            self.close()
+            raise
+
+    async def wait_for_sources(self) -> tuple[Source, ...]:
+        """`sources`, without blocking the event loop."""
+        decision = await asyncio.shield(asyncio.wrap_future(self._channel.decided))
+        return (await self.wait()).sources if decision is None else decision[1]
+
     @property
     def plan(self) -> Plan:
         return self._decision()[0]
@@ -61,7 +92,7 @@ class AnswerStream:
         return self._decision()[1]
 
     def _decision(self) -> tuple[Plan, tuple[Source, ...]]:
-        decision = self._channel.decision()
+        decision = self._channel.decided.result()
         if decision is None:
             answer = self._result()
             return answer.plan, answer.sources
@@ -102,38 +133,59 @@ class _Channel:
 
     def __init__(self) -> None:
         self._pieces: queue.SimpleQueue[object] = queue.SimpleQueue()
-        self._planned = threading.Event()
         self._cancelled = threading.Event()
-        self._decision: tuple[Plan, tuple[Source, ...]] | None = None
         self._ended = False
+        self._wake: Callable[[], None] | None = None
+        self.decided: Future[tuple[Plan, tuple[Source, ...]] | None] = Future()
 
     def planned(self, plan: Plan, sources: tuple[Source, ...]) -> None:
-        self._decision = plan, sources
-        self._planned.set()
+        self.decided.set_result((plan, sources))
 
     def text(self, piece: str) -> None:
-        self._pieces.put(piece)
+        self._put(piece)
 
     def cancelled(self) -> bool:
         return self._cancelled.is_set()
 
     def finish(self, _: Future[Answer]) -> None:
-        self._planned.set()
-        self._pieces.put(_END)
+        if not self.decided.done():
+            self.decided.set_result(None)
+        self._put(_END)
+
+    def _put(self, item: object) -> None:
+        self._pieces.put(item)
+        wake = self._wake
+        if wake is not None:
+            wake()
 
     def cancel(self) -> None:
         self._cancelled.set()
         self._ended = True
 
-    def decision(self) -> tuple[Plan, tuple[Source, ...]] | None:
-        self._planned.wait()
-        return self._decision
-
     def take(self) -> str | None:
         """The next piece, waiting for it; None at the end."""
-        if self._ended:
-            return None
-        piece = self._pieces.get()
+        return None if self._ended else self._checked(self._pieces.get())
+
+    async def take_async(self) -> str | None:
+        """Like `take`, without blocking the event loop."""
+        loop = asyncio.get_running_loop()
+        arrived = asyncio.Event()
+
+        def wake() -> None:
+            # The loop may be gone by the time the engine has something to say.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(arrived.set)
+
+        self._wake = wake
+        while not self._ended:
+            try:
+                return self._checked(self._pieces.get_nowait())
+            except queue.Empty:
+                await arrived.wait()
+                arrived.clear()
+        return None
+
+    def _checked(self, piece: object) -> str | None:
         if piece is _END:
             self._ended = True
             return None

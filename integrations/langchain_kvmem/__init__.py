@@ -1,6 +1,7 @@
 """LangChain components over kvmem."""
 
 from langchain_kvmem.chain import CachedContextChain
+from langchain_kvmem.chat_model import ChatKVMem
 from langchain_kvmem.convert import to_documents
 
-__all__ = ["CachedContextChain", "to_documents"]
+__all__ = ["CachedContextChain", "ChatKVMem", "to_documents"]

@@ -21,6 +21,8 @@ def render(directory: Path) -> str:
         lines += ["", *_SECTIONS[result["benchmark"]](result)]
         if "machine" in result:
             lines += ["", _provenance(path, result)]
+    for path in sorted(directory.glob("*.png")):
+        lines += ["", f"![Mean KL to full prefill against the share that is recomputed: {path.stem}](benchmarks/{path.name})"]
     return "\n".join(lines) + "\n"
 
 

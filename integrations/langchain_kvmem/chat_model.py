@@ -1,0 +1,283 @@
+"""ChatKVMem: a local chat model that does not read the same text twice."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from operator import itemgetter
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
+from langchain_core.language_models.model_profile import ModelProfile
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages.tool import tool_call_chunk
+from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import ConfigDict, Field, PrivateAttr
+
+from kvmem import Answer, AnswerStream, InputError, KVMem
+from langchain_kvmem.convert import to_messages, to_metadata, to_usage
+from langchain_kvmem.tools import describe, parse, schema_of
+
+_OPENING = threading.Lock()
+
+
+class ChatKVMem(BaseChatModel):
+    """A chat model over `KVMem`: texts it has seen, in any prompt and at any place, are not read again.
+
+    model: a hub id, a directory, a GGUF file, "smollm2". store: a directory for the caches; None keeps them in memory.
+    temperature (None: greedy), top_p, max_tokens, stop, seed: as elsewhere in LangChain; each may be given per call.
+    blend, namespace: as in `KVMem`. model_kwargs: more of its arguments. generate_kwargs: for transformers' `generate`.
+    mem: an engine that is open already; model and store are not used then.
+
+    `.bind(context=[...])` puts texts or documents into the system message, cached one by one.
+    """
+
+    model_config = ConfigDict(populate_by_name=True, arbitrary_types_allowed=True)
+
+    model_name: str = Field(default="smollm2", alias="model")
+    store: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    stop: list[str] | None = Field(default=None, alias="stop_sequences")
+    seed: int | None = None
+    blend: Any = None
+    namespace: str = "default"
+    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    generate_kwargs: dict[str, Any] = Field(default_factory=dict)
+    mem: KVMem | None = Field(default=None, exclude=True, repr=False)
+    _opened: KVMem | None = PrivateAttr(default=None)
+
+    @property
+    def engine(self) -> KVMem:
+        """The engine; opened by the first call."""
+        if self.mem is not None:
+            return self.mem
+        with _OPENING:
+            if self._opened is None:
+                self._opened = KVMem(self.model_name, self.store, namespace=self.namespace, **self.model_kwargs)
+            return self._opened
+
+    @property
+    def _llm_type(self) -> str:
+        return "kvmem"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        """What answers depend on, so that LangChain's cache of answers never gives those of another model."""
+        engine = self.engine
+        return {
+            "model_name": engine.model.name,
+            "fingerprint": engine.model.fingerprint,
+            "blend": json.dumps(self.blend, default=str) if self.blend else engine.settings.blend.model_dump_json(),
+            "namespace": engine.settings.namespace,
+            **{name: getattr(self, name) for name in ("temperature", "top_p", "max_tokens", "stop", "seed")},
+            "generate_kwargs": self.generate_kwargs,
+        }
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = LangSmithParams(
+            ls_provider="kvmem",
+            ls_model_type="chat",
+            ls_model_name=kwargs.get("model") or (self.mem.model.name if self.mem is not None else self.model_name),
+            ls_temperature=kwargs.get("temperature", self.temperature) or 0.0,
+        )
+        max_tokens = kwargs.get("max_tokens", self.max_tokens)
+        if max_tokens is not None:
+            params["ls_max_tokens"] = max_tokens
+        if stop or self.stop:
+            params["ls_stop"] = stop or self.stop or []
+        return params
+
+    def _resolve_model_profile(self) -> ModelProfile | None:
+        if self.mem is None and self._opened is None:
+            return None
+        return {"max_input_tokens": self.engine.model.window, "structured_output": True, "tool_calling": True}
+
+    def get_token_ids(self, text: str) -> list[int]:
+        return list(self.engine.model.tokenize(text, markup=False))
+
+    # Answers
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        tools = kwargs.get("tools")
+        return self._result(self._open(messages, stop, kwargs).answer, tools)
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        tools = kwargs.get("tools")
+        return self._result(await self._open(messages, stop, kwargs).wait(), tools)
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        tools = kwargs.get("tools")
+        with self._open(messages, stop, kwargs) as stream:
+            for piece in stream:
+                if not tools:
+                    chunk = _chunk(piece)
+                    if run_manager:
+                        run_manager.on_llm_new_token(piece, chunk=chunk)
+                    yield chunk
+            yield self._last_chunk(stream.answer, tools)
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        tools = kwargs.get("tools")
+        with self._open(messages, stop, kwargs) as stream:
+            async for piece in stream:
+                if not tools:
+                    chunk = _chunk(piece)
+                    if run_manager:
+                        await run_manager.on_llm_new_token(piece, chunk=chunk)
+                    yield chunk
+            yield self._last_chunk(await stream.wait(), tools)
+
+    def _open(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> AnswerStream:
+        """Begin an answer; arguments of the call win over the model's."""
+        given = {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            "blend": self.blend,
+            **self.generate_kwargs,
+            **kwargs,
+        }
+        tools, choice = given.pop("tools", None), given.pop("tool_choice", None)
+        for internal in ("ls_structured_output_format", "parallel_tool_calls", "strict"):
+            given.pop(internal, None)
+        if given.pop("model", self.model_name) not in (self.model_name, self.engine.model.name):
+            raise InputError(f"This ChatKVMem has loaded {self.engine.model.name!r}. Make another for another model.")
+        converted = to_messages(messages)
+        if tools:
+            if choice not in (None, "auto", "none"):
+                given["schema"] = schema_of(tools, choice)
+            if not self.engine.model.knows_tools:
+                converted, tools = _with_instructions(converted, describe(tools)), None
+        return self.engine.stream_chat(converted, stop=stop or self.stop, tools=tools, **given)
+
+    def _result(self, answer: Answer, tools: Sequence[dict[str, Any]] | None) -> ChatResult:
+        text, calls = parse(answer.text, tools) if tools else (answer.text, [])
+        message = AIMessage(
+            content=text,
+            tool_calls=calls,
+            usage_metadata=to_usage(answer.usage),
+            response_metadata=to_metadata(answer, self.engine.model.name),
+        )
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    def _last_chunk(self, answer: Answer, tools: Sequence[dict[str, Any]] | None) -> ChatGenerationChunk:
+        """Usage, metadata, and the calls of a model with tools: whether text is a call is known at its end."""
+        text, calls = parse(answer.text, tools) if tools else ("", [])
+        chunks = [
+            tool_call_chunk(name=c["name"], args=json.dumps(c["args"]), id=c["id"], index=i)
+            for i, c in enumerate(calls)
+        ]
+        message = AIMessageChunk(
+            content=text,
+            tool_call_chunks=chunks,
+            usage_metadata=to_usage(answer.usage),
+            response_metadata=to_metadata(answer, self.engine.model.name),
+            chunk_position="last",
+        )
+        return ChatGenerationChunk(message=message)
+
+    # Tools and structured output
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | bool | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Let the model call `tools`.
+
+        tool_choice: None or "auto" leaves it to the model; "any", "required", True or a tool's name force a call,
+            whose JSON then follows the tool's schema token by token.
+        """
+        converted = [convert_to_openai_tool(tool) for tool in tools]
+        if isinstance(tool_choice, dict):
+            tool_choice = tool_choice.get("function", tool_choice).get("name")
+        choice = (
+            {True: "any", False: None}.get(tool_choice, tool_choice) if isinstance(tool_choice, bool) else tool_choice
+        )
+        if choice not in (None, "auto", "none"):
+            schema_of(converted, str(choice))
+        return self.bind(tools=converted, tool_choice=choice, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type,
+        *,
+        include_raw: bool = False,
+        method: str = "json_schema",
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Answers as instances of `schema` (a pydantic class), or as mappings (a TypedDict or JSON schema).
+
+        Tokens that would leave the schema are never drawn, so every `method` ("json_schema", "function_calling",
+        "json_mode") gives the same. Raises InputError for a schema that is none.
+        """
+        if kwargs:
+            raise InputError(f"with_structured_output does not take {min(kwargs)}. Bind it to the model instead.")
+        if method not in ("json_schema", "function_calling", "json_mode"):
+            raise InputError(f"method={method!r} is not known. Leave it out.")
+        json_schema = convert_to_json_schema(schema)
+        internal = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": json_schema}}
+        model = self.bind(schema=json_schema, **internal)
+        parser: Any = (
+            PydanticOutputParser(pydantic_object=schema)
+            if isinstance(schema, type) and is_basemodel_subclass(schema)
+            else JsonOutputParser()
+        )
+        if not include_raw:
+            plain: Runnable[LanguageModelInput, Any] = model | parser
+            return plain
+        parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
+        failed = RunnablePassthrough.assign(parsed=lambda _: None)
+        both: Runnable[LanguageModelInput, Any] = RunnableMap(raw=model) | parsed.with_fallbacks(
+            [failed], exception_key="parsing_error"
+        )
+        return both
+
+
+def _chunk(piece: str) -> ChatGenerationChunk:
+    return ChatGenerationChunk(message=AIMessageChunk(content=piece))
+
+
+def _with_instructions(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """`text` at the end of the system message."""
+    if messages and messages[0]["role"] == "system":
+        content = [*messages[0]["content"], f"\n\n{text}"]
+        return [{"role": "system", "content": content}, *messages[1:]]
+    return [{"role": "system", "content": [text]}, *messages]

@@ -1,0 +1,105 @@
+"""Answers that are JSON of a given schema: tokens that would leave it are never drawn (by llguidance)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from kvmem.errors import InputError
+from kvmem.model import LanguageModel
+
+Schema = Mapping[str, Any]
+
+
+_SAMPLE = "The night ferry leaves Port Ellery at ten past nine and reaches Saint Orrin at dawn, in any weather."
+_LARGEST_INTEGER = 2**53
+
+
+def narrow(schema: Schema, characters: int) -> dict[str, Any]:
+    """A schema whose JSON is valid under `schema` too, and that a small model can finish.
+
+    Objects that list their properties get no others, strings of no given length share `characters`, and integers are
+    those that JSON's readers agree on: a small model would fill any of them until the answer is cut off in the middle.
+    """
+    longest = max(16, characters // max(1, _count_strings(schema)))
+
+    def visit(node: Any) -> Any:
+        if isinstance(node, list):
+            return [visit(item) for item in node]
+        if not isinstance(node, Mapping):
+            return node
+        found = {name: visit(value) for name, value in node.items()}
+        if isinstance(found.get("properties"), dict):
+            found.setdefault("additionalProperties", False)
+        if _is_open_string(found):
+            found["maxLength"] = longest
+        if found.get("type") == "integer" and not found.keys() & {"enum", "const"}:
+            if not found.keys() & {"minimum", "exclusiveMinimum"}:
+                found["minimum"] = -_LARGEST_INTEGER
+            if not found.keys() & {"maximum", "exclusiveMaximum"}:
+                found["maximum"] = _LARGEST_INTEGER
+        return found
+
+    narrowed: dict[str, Any] = visit(schema)
+    return narrowed
+
+
+def _is_open_string(node: Mapping[str, Any]) -> bool:
+    return node.get("type") == "string" and not node.keys() & {"maxLength", "enum", "const", "pattern", "format"}
+
+
+def _count_strings(node: Any) -> int:
+    if isinstance(node, list):
+        return sum(map(_count_strings, node))
+    if not isinstance(node, Mapping):
+        return 0
+    return int(_is_open_string(node)) + sum(map(_count_strings, node.values()))
+
+
+class JsonConstraint(LogitsProcessor):
+    """For one answer: leaves only tokens that continue JSON of `schema`, and its end once the JSON is complete.
+
+    Raises InputError when llguidance is not installed, knows the tokenizer's kind not, or rejects the schema.
+    """
+
+    def __init__(self, model: LanguageModel, schema: Schema, max_tokens: int) -> None:
+        if not isinstance(schema, Mapping):
+            raise InputError(f"The schema is a {type(schema).__name__}. Give a JSON schema, as a mapping.")
+        try:
+            from llguidance import LLMatcher
+        except ImportError as error:
+            raise InputError("Answers in JSON need llguidance: pip install 'kvmem[structured]'.") from error
+        # One space after a colon is how models were trained to write JSON; free white space lets small ones ramble.
+        options: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        try:
+            room = int(0.6 * max_tokens * len(_SAMPLE) / model.count_tokens(_SAMPLE))
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(narrow(schema, room)), overrides=options)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"The schema is not one: {error}. Give a JSON schema.") from error
+        self._matcher = LLMatcher(model.grammar_tokenizer, grammar)
+        self._check()
+        self._read = -1
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise InputError(f"The schema cannot be followed: {self._matcher.get_error()}. Give a JSON schema.")
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._read < 0:
+            self._read = input_ids.shape[1]
+        new = input_ids[0, self._read :].tolist()
+        self._read += len(new)
+        if new and not self._matcher.is_stopped():
+            self._matcher.consume_tokens(new)
+            self._check()
+        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        allowed = torch.zeros(scores.shape[-1], dtype=torch.bool)
+        count = min(len(bits), len(allowed))
+        allowed[:count] = torch.from_numpy(bits[:count].astype(bool))
+        return scores.masked_fill(~allowed.to(scores.device), float("-inf"))
