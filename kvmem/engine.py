@@ -16,7 +16,7 @@ from weakref import WeakSet
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvmem.answer import Answer, Prefill, Timings
+from kvmem.answer import Answer, Prefill, Source, Timings
 from kvmem.blend import count_usage, plan_repair
 from kvmem.compose import Composer, Resident, Stitched
 from kvmem.corpus import Corpus, chunks_of
@@ -318,6 +318,11 @@ class KVMem:
         stream = AnswerStream(self._executor, work)
         self._streams.add(stream)
         return stream
+
+    def retrieve(self, question: str, k: int) -> tuple[Source, ...]:
+        """The `k` most relevant chunks of the corpus, best first, as the retriever scores them; none that it finds
+        irrelevant. The model is not run."""
+        return self._run(lambda: self._requests.retrieve(question, k))
 
     def prefill(
         self,

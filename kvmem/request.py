@@ -48,11 +48,7 @@ class RequestBuilder:
         self, started: float, question: str, context: Context, system: str | None, answer_tokens: int
     ) -> Request:
         """A request to answer from the corpus, or from `context`."""
-        if not isinstance(question, str):
-            raise InputError(f"The question is a {type(question).__name__}. Give a str.")
-        check_text(question, "The question")
-        if not question.strip():
-            raise EmptyInputError("The question is empty. Ask something.")
+        self._check_question(question)
         chunks = self._corpus.chunks() if context is None else self.context_chunks(context)
         if not chunks:
             raise EmptyInputError(
@@ -60,6 +56,17 @@ class RequestBuilder:
                 "or pass texts as context=[...]."
             )
         return self._build(started, self._question(question, system), question, chunks, answer_tokens, None)
+
+    def retrieve(self, question: str, k: int) -> tuple[Source, ...]:
+        """The `k` best chunks of the corpus, best first."""
+        self._check_question(question)
+        if k < 1:
+            raise InputError(f"k={k} asks for nothing. Give 1 or more.")
+        chunks = self._corpus.chunks()
+        scores = self._retriever.score(question, chunks)
+        best = sorted(range(len(chunks)), key=lambda i: (-scores[i], i))[:k]
+        found = ((chunks[i], scores[i]) for i in best if scores[i] > 0)
+        return tuple(Source(c.document_id, c.index, c.text, c.metadata, score) for c, score in found)
 
     def for_messages(
         self,
@@ -78,6 +85,13 @@ class RequestBuilder:
         if chunks:
             checked = self._with_context(checked)
         return self._build(started, checked, asked, chunks, answer_tokens, tools)
+
+    def _check_question(self, question: str) -> None:
+        if not isinstance(question, str):
+            raise InputError(f"The question is a {type(question).__name__}. Give a str.")
+        check_text(question, "The question")
+        if not question.strip():
+            raise EmptyInputError("The question is empty. Ask something.")
 
     def _question(self, question: str, system: str | None) -> list[Message]:
         return [

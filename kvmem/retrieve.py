@@ -9,6 +9,16 @@ import bm25s
 
 from kvmem.document import Chunk
 
+# Words, single digits and letters among them; scripts without spaces by character.
+_TERM = r"(?u)[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+"
+
+
+def _terms(texts: list[str]) -> list[list[str]]:
+    terms: list[list[str]] = bm25s.tokenize(
+        texts, token_pattern=_TERM, stopwords="en", return_ids=False, show_progress=False
+    )
+    return terms
+
 
 class Retriever(Protocol):
     """What a retriever of your own has to do."""
@@ -29,16 +39,15 @@ class BM25Retriever:
         if not texts:
             return []
         if texts != self._indexed:
-            terms = bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
-            # Text of stop words or single characters alone leaves nothing to index.
+            terms = _terms(list(texts))
+            # Text of stop words alone leaves nothing to index.
             self._index = bm25s.BM25() if any(terms) else None
             if self._index is not None:
                 self._index.index(terms, show_progress=False)
             self._indexed = texts
         if self._index is None:
             return [0.0] * len(texts)
-        terms = bm25s.tokenize(question, stopwords="en", return_ids=False, show_progress=False)[0]
-        known = [term for term in terms if term in self._index.vocab_dict]
+        known = [term for term in _terms([question])[0] if term in self._index.vocab_dict]
         if not known:
             return [0.0] * len(texts)
         return [float(s) for s in self._index.get_scores(known)]

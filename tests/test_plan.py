@@ -79,3 +79,15 @@ def test_bm25_scores_every_chunk_in_order() -> None:
     assert retriever.score("quantum entanglement", chunks) == [0.0, 0.0, 0.0]
     assert retriever.score("boiler", chunks[::-1])[0] > 0.0
     assert retriever.score("boiler", []) == []
+
+
+def test_digits_and_scripts_without_spaces_are_words() -> None:
+    """A lone digit tells two chunks apart, and so does a Chinese character."""
+    chunks = [
+        Chunk(text, "d", i, {}) for i, text in enumerate(("See section 4.", "See section 5.", "猫很小。", "狗很大。"))
+    ]
+    scores = BM25Retriever().score("What is in section 5?", chunks)
+    assert max(range(4), key=scores.__getitem__) == 1
+    scores = BM25Retriever().score("狗", chunks)
+    assert max(range(4), key=scores.__getitem__) == 3
+    assert scores[2] == 0

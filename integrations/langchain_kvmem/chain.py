@@ -6,18 +6,24 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
 from langchain_core.documents import Document
+from langchain_core.messages import HumanMessage, convert_to_messages
+from langchain_core.prompts import BasePromptTemplate, format_document
+from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import run_in_executor
 from langchain_core.runnables.utils import AddableDict
 
 from kvmem import AnswerStream, InputError, KVMem
-from langchain_kvmem.convert import to_documents
+from langchain_kvmem.convert import to_documents, to_messages
+from langchain_kvmem.retriever import RankedBy
 
 Inputs = dict[str, Any]
 
 
 class CachedContextChain(Runnable[Inputs, Inputs]):
     """Answers `{"input": question}` with `{"input", "context", "answer"}`, from documents read once.
+
+    With `"chat_history"` in the input (messages, or pairs of role and text), the question is the next turn of that
+    conversation.
 
     `context` are the chunks in the prompt, as LangChain documents. Streaming yields the input, then the context,
     then pieces of the answer; added up they are the result of `invoke`.
@@ -38,10 +44,24 @@ class CachedContextChain(Runnable[Inputs, Inputs]):
         store: str | None = None,
         **options: Any,
     ) -> CachedContextChain:
-        """Read `documents` into an engine; those it has read before cost nothing. `model` may be an engine."""
-        mem = model if isinstance(model, KVMem) else KVMem(model, store)
+        """Read `documents` into an engine; those it has read before cost nothing. `model` may be an engine.
+
+        system_prompt: stands before the documents. document_prompt: how a document is shown, by its `page_content` and
+        metadata; without one, as its text. retriever: chooses chunks when they do not all fit the window.
+        Raises InputError.
+        """
+        if "system_prompt" in options:
+            options["system"] = options.pop("system_prompt")
+        template: BasePromptTemplate[str] | None = options.pop("document_prompt", None)
+        retriever: BaseRetriever | None = options.pop("retriever", None)
+        if isinstance(model, KVMem):
+            if retriever is not None:
+                raise InputError("This engine has a retriever. Give the retriever to KVMem, or a model's name here.")
+            mem = model
+        else:
+            mem = KVMem(model, store, retriever=None if retriever is None else RankedBy(retriever))
         for document in documents:
-            mem.add(document)
+            mem.add(document if template is None else _formatted(document, template))
         return cls(mem, **options)
 
     @classmethod
@@ -65,7 +85,14 @@ class CachedContextChain(Runnable[Inputs, Inputs]):
         return self._call_with_config(self._invoke, input, config, **kwargs)
 
     def _invoke(self, inputs: Inputs, **kwargs: Any) -> Inputs:
-        answer = self.mem.ask(_question(inputs), **{**self.options, **kwargs})
+        answer = self._open(inputs, kwargs).answer
+        return {**inputs, "context": to_documents(answer.sources), "answer": answer.text}
+
+    async def ainvoke(self, input: Inputs, config: RunnableConfig | None = None, **kwargs: Any) -> Inputs:  # noqa: A002
+        return await self._acall_with_config(self._ainvoke, input, config, **kwargs)
+
+    async def _ainvoke(self, inputs: Inputs, **kwargs: Any) -> Inputs:
+        answer = await self._open(inputs, kwargs).wait()
         return {**inputs, "context": to_documents(answer.sources), "answer": answer.text}
 
     def stream(
@@ -100,13 +127,25 @@ class CachedContextChain(Runnable[Inputs, Inputs]):
         async for item in inputs:
             with self._open(item, kwargs) as stream:
                 yield AddableDict(item)
-                sources = await run_in_executor(None, lambda: stream.sources)
-                yield AddableDict(context=to_documents(sources))
-                while (piece := await run_in_executor(None, next, stream, None)) is not None:
+                yield AddableDict(context=to_documents(await stream.wait_for_sources()))
+                async for piece in stream:
                     yield AddableDict(answer=piece)
 
     def _open(self, inputs: Inputs, kwargs: dict[str, Any]) -> AnswerStream:
-        return self.mem.stream(_question(inputs), **{**self.options, **kwargs})
+        options = {**self.options, **kwargs}
+        question = _question(inputs)
+        if not inputs.get("chat_history"):
+            return self.mem.stream(question, **options)
+        system = options.pop("system", None)
+        context = options.pop("context", None)
+        messages = to_messages([*convert_to_messages(inputs["chat_history"]), HumanMessage(question)])
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *messages]
+        return self.mem.stream_chat(messages, context=self.mem.list() if context is None else context, **options)
+
+
+def _formatted(document: Document, template: BasePromptTemplate[str]) -> Document:
+    return document.model_copy(update={"page_content": format_document(document, template)})
 
 
 def _question(inputs: Inputs) -> str:

@@ -23,7 +23,7 @@ from pydantic import ConfigDict, Field, PrivateAttr
 
 from kvmem import Answer, AnswerStream, InputError, KVMem
 from langchain_kvmem.convert import to_messages, to_metadata, to_usage
-from langchain_kvmem.tools import describe, parse, schema_of
+from langchain_kvmem.tools import ANSWER, describe, parse, schema_of
 
 _OPENING = threading.Lock()
 
@@ -177,11 +177,16 @@ class ChatKVMem(BaseChatModel):
         if given.pop("model", self.model_name) not in (self.model_name, self.engine.model.name):
             raise InputError(f"This ChatKVMem has loaded {self.engine.model.name!r}. Make another for another model.")
         converted = to_messages(messages)
+        if choice == "none":
+            tools = None
         if tools:
-            if choice not in (None, "auto", "none"):
+            forced = choice not in (None, "auto")
+            if forced:
                 given["schema"] = schema_of(tools, choice)
             if not self.engine.model.knows_tools:
-                converted, tools = _with_instructions(converted, describe(tools)), None
+                offered = tools if forced else [*tools, ANSWER]
+                given["schema"] = schema_of(offered, choice if forced else "any")
+                converted, tools = _with_instructions(converted, describe(offered)), None
         return self.engine.stream_chat(converted, stop=stop or self.stop, tools=tools, **given)
 
     def _result(self, answer: Answer, tools: Sequence[dict[str, Any]] | None) -> ChatResult:
@@ -222,7 +227,8 @@ class ChatKVMem(BaseChatModel):
         """Let the model call `tools`.
 
         tool_choice: None or "auto" leaves it to the model; "any", "required", True or a tool's name force a call,
-            whose JSON then follows the tool's schema token by token.
+            whose JSON then follows the tool's schema token by token. So does every answer of a model whose chat
+            template does not know tools: it is a call of one of them, or of `answer`, whose text becomes the message's.
         """
         converted = [convert_to_openai_tool(tool) for tool in tools]
         if isinstance(tool_choice, dict):

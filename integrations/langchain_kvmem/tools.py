@@ -13,6 +13,15 @@ from langchain_core.messages import ToolCall
 from kvmem import InputError
 
 Tool = Mapping[str, Any]
+# What a model whose template knows no tools calls when it has an answer.
+ANSWER: Tool = {
+    "type": "function",
+    "function": {
+        "name": "answer",
+        "description": "Answer the user.",
+        "parameters": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
+    },
+}
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
 
@@ -37,19 +46,21 @@ def schema_of(tools: Sequence[Tool], choice: str) -> dict[str, Any]:
 
 
 def describe(tools: Sequence[Tool]) -> str:
-    """Instructions for a model whose template does not know tools."""
+    """Instructions for a model whose template does not know tools: each of its answers is one call."""
     functions = "\n".join(json.dumps(tool["function"]) for tool in tools)
     return (
-        "You can call these functions:\n"
+        "You work by calling one of these functions:\n"
         f"{functions}\n"
-        'To call one, answer with nothing but JSON: {"name": "<function>", "arguments": {...}}'
+        'Write nothing but JSON: {"name": "<function>", "arguments": {...}}'
     )
 
 
 def parse(text: str, tools: Sequence[Tool]) -> tuple[str, list[ToolCall]]:
     """The text of an answer and the calls in it: bare JSON, or in `<tool_call>` tags."""
-    names = {tool["function"]["name"] for tool in tools}
+    names = {tool["function"]["name"] for tool in (*tools, ANSWER)}
     bare = _read(text.strip(), names)
+    if bare is not None and bare["name"] == ANSWER["function"]["name"]:
+        return str(bare["args"].get("text", "")), []
     if bare is not None:
         return "", [bare]
     calls = [call for found in _CALL.findall(text) if (call := _read(found, names)) is not None]

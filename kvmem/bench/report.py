@@ -22,7 +22,10 @@ def render(directory: Path) -> str:
         if "machine" in result:
             lines += ["", _provenance(path, result)]
     for path in sorted(directory.glob("*.png")):
-        lines += ["", f"![Mean KL to full prefill against the share that is recomputed: {path.stem}](benchmarks/{path.name})"]
+        lines += [
+            "",
+            f"![Mean KL to full prefill against the share that is recomputed: {path.stem}](benchmarks/{path.name})",
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
+from langchain_core.prompts import PromptTemplate
+from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableLambda
 
 from kvmem import InputError, KVMem
+from kvmem.testing import tiny_model
 from langchain_kvmem import CachedContextChain
+from langchain_kvmem.retriever import RankedBy
 
 DOCUMENTS = [
     Document(page_content="The rent is due on the first day of the month.", metadata={"source": "lease"}, id="l"),
@@ -91,3 +97,41 @@ def test_from_texts(mem: KVMem) -> None:
     assert [d.metadata["n"] for d in chain.invoke({"input": "What?"})["context"]] == [1, 2]
     with pytest.raises(InputError, match="one for each"):
         CachedContextChain.from_texts(["one"], mem, metadatas=[])
+
+
+def test_a_history_makes_the_question_the_next_turn(chain: CachedContextChain) -> None:
+    """Messages or pairs; the documents stay in the prompt, and earlier turns come before the question."""
+    plain = chain.invoke({"input": "And then?"})
+    history = [("human", "When is the rent due?"), ("ai", "On the first day.")]
+    found = chain.invoke({"input": "And then?", "chat_history": history})
+    assert [d.page_content for d in found["context"]] == [d.page_content for d in plain["context"]]
+    assert found["chat_history"] == history
+    messages = [{"role": "user", "content": history[0][1]}, {"role": "assistant", "content": history[1][1]}]
+    asked = [*messages, {"role": "user", "content": "And then?"}]
+    assert found["answer"] == chain.mem.chat(asked, context=chain.mem.list(), max_tokens=12).text
+    assert asyncio.run(chain.ainvoke({"input": "And then?", "chat_history": history}))["answer"] == found["answer"]
+
+
+def test_documents_are_shown_as_a_prompt_template_says(mem: KVMem) -> None:
+    """document_prompt puts metadata into the text the model reads; system_prompt stands before it."""
+    template = PromptTemplate.from_template("[{source}] {page_content}")
+    chain = CachedContextChain.from_documents(DOCUMENTS, mem, document_prompt=template, system_prompt="Be brief.")
+    assert mem.get("l").text == "[lease] The rent is due on the first day of the month."
+    assert chain.options == {"system": "Be brief."}
+
+
+def test_a_retriever_of_langchain_chooses_when_the_window_is_full(tmp_path: Path) -> None:
+    """Chunks that share text with what it returns are taken, though it cut the documents elsewhere."""
+    model = tiny_model(max_position_embeddings=700)
+    texts = [f"Fact {n}: " + " ".join(f"{w}{n}" for w in ("alpha", "beta", "gamma", "delta") * 6) for n in range(12)]
+
+    class Seventh(BaseRetriever):
+        def _get_relevant_documents(self, query: str, **_: Any) -> list[Document]:
+            return [Document("Something else entirely, in words of its own, here."), Document(texts[7][9:150])]
+
+    with KVMem(model, tmp_path / "kv", max_tokens=4, retriever=RankedBy(Seventh())) as mem:
+        chain = CachedContextChain.from_texts(texts, mem)
+        found = chain.invoke({"input": "Which?"})
+    assert [d.page_content for d in found["context"]] == [texts[7]]
+    with pytest.raises(InputError, match="has a retriever"):
+        CachedContextChain.from_texts(texts, mem, retriever=Seventh())

@@ -77,24 +77,60 @@ def test_streams_add_up_to_the_answer(chat: ChatKVMem) -> None:
         assert found.response_metadata["finish_reason"] == whole.response_metadata["finish_reason"]
 
 
-def test_async_answers_do_not_block_the_loop(chat: ChatKVMem) -> None:
-    """While the engine works, other tasks of the loop run."""
+def test_the_loop_runs_while_the_engine_is_busy(chat: ChatKVMem) -> None:
+    """While calls wait for the model, which another thread holds, no call holds up the event loop."""
+    assert chat.mem is not None
+    lock = chat.mem.model.lock
 
-    async def main() -> int:
-        ticks = 0
+    async def main() -> list[float]:
+        gaps: list[float] = []
 
         async def tick() -> None:
-            nonlocal ticks
             while True:
-                ticks += 1
+                began = time.perf_counter()
                 await asyncio.sleep(0.001)
+                gaps.append(time.perf_counter() - began)
 
+        async def stream() -> None:
+            async for _ in chat.astream("Hello"):
+                pass
+
+        lock.acquire()
         ticking = asyncio.create_task(tick())
-        await chat.ainvoke("Hello", max_tokens=60)
+        waiting = [asyncio.create_task(chat.ainvoke("Hello")), asyncio.create_task(stream())]
+        await asyncio.sleep(0.5)
+        held = list(gaps)
+        lock.release()
+        await asyncio.gather(*waiting)
         ticking.cancel()
-        return ticks
+        return held
 
-    assert asyncio.run(main()) > 10
+    gaps = asyncio.run(main())
+    assert len(gaps) > 50
+    assert sorted(gaps)[len(gaps) * 9 // 10] < 0.05
+
+
+def test_forty_streams_with_early_leavers_leave_nothing_behind(chat: ChatKVMem) -> None:
+    """Every second one is left after its first piece; the others finish, and no thread stays."""
+    chat.invoke("warm up")
+    threads = threading.active_count()
+    expected = str(chat.invoke("Hello", max_tokens=6).content)
+
+    async def main() -> list[str]:
+        async def one(number: int) -> str:
+            text = ""
+            async for chunk in chat.astream("Hello", max_tokens=6 if number % 2 else 3000):
+                text += str(chunk.content)
+                if number % 2 == 0:
+                    break
+            return text
+
+        return list(await asyncio.wait_for(asyncio.gather(*(one(n) for n in range(40))), timeout=120))
+
+    found = asyncio.run(main())
+    assert all(text == expected for text in found[1::2])
+    assert all(found)
+    assert threading.active_count() <= threads + 1
 
 
 def test_leaving_an_async_stream_frees_the_engine(chat: ChatKVMem) -> None:
