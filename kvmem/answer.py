@@ -11,6 +11,7 @@ from torch import Tensor
 from kvmem.cache import BlendedCache
 from kvmem.document import Metadata
 from kvmem.plan import Plan
+from kvmem.tools import ToolCall
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -73,8 +74,9 @@ class Source:
 class Answer:
     """text: the answer, as it was streamed. sources: the chunks in the prompt, in order. plan: how they were chosen.
 
-    finish_reason: "stop" at the model's own end or a stop string, "length" at max_tokens, "cancelled" when
-    the stream was closed early.
+    tool_calls: calls the model made instead of, or beside, answering.
+    finish_reason: "stop" at the model's own end or a stop string, "length" at max_tokens, "cancelled" when the stream
+        was closed early.
     """
 
     text: str
@@ -83,6 +85,7 @@ class Answer:
     plan: Plan
     timings: Timings
     finish_reason: FinishReason
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

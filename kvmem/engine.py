@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -25,13 +26,14 @@ from kvmem.errors import ClosedError, InputError, PromptTooLongError
 from kvmem.generate import Sampling, generate
 from kvmem.model import LanguageModel
 from kvmem.prompt import DEFAULT_SYSTEM, Message, Span, Typesetter
-from kvmem.request import Context, Request, RequestBuilder
+from kvmem.request import Context, Request, RequestBuilder, check_messages
 from kvmem.retrieve import BM25Retriever, Retriever
 from kvmem.settings import BlendSettings, ModelSettings, Settings
 from kvmem.stats import DocumentStats, Stats
 from kvmem.store.base import Store
 from kvmem.store.open import open_store
 from kvmem.stream import AnswerStream, Listener
+from kvmem.tools import Tool, Toolbox
 
 T = TypeVar("T")
 logger = logging.getLogger("kvmem")
@@ -254,39 +256,49 @@ class KVMem:
         messages: Sequence[Message],
         *,
         context: Context = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str = "auto",
         **options: Any,
     ) -> Answer:
         """Continue a conversation: `[{"role": "user", "content": "..."}]`, in the roles of the model's template.
 
         Long texts in messages are cut and cached, so that what was seen before is not read again, wherever it stands.
         context: texts or documents, as in `ask`, put at the end of the system message; without it, no documents.
-        tools: JSON schemas of functions, handed to the model's template. options: as in `ask`, and `schema`, a JSON
-            schema that the answer then keeps to.
+        tools: functions the model may call, by JSON schema as in OpenAI's API; calls are in `answer.tool_calls`.
+        tool_choice: "auto", "none", "any" or a function's name; a forced call follows its schema token by token, and
+            so does every answer of a model whose template does not know tools.
+        options: as in `ask`, and `schema`, a JSON schema that the answer then keeps to.
         When the window is full, the oldest turns are left out, and `plan` says so.
         Raises EmptyInputError, InputError, PromptTooLongError.
         """
-        return self.stream_chat(messages, context=context, tools=tools, **options).answer
+        return self.stream_chat(messages, context=context, tools=tools, tool_choice=tool_choice, **options).answer
 
     def stream_chat(
         self,
         messages: Sequence[Message],
         *,
         context: Context = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: str = "auto",
         blend: BlendSettings | str | Mapping[str, Any] | None = None,
         **options: Any,
     ) -> AnswerStream:
-        """Like `chat`, as an iterator of text pieces; its `.answer` is the whole answer."""
+        """Like `chat`, as an iterator of text pieces (calls of tools included, as the model writes them); its
+        `.answer` is the whole answer."""
         started = time.perf_counter()
+        toolbox = Toolbox(tuple(tools), tool_choice, self.model.knows_tools) if tools else None
+        if toolbox is not None:
+            messages = toolbox.instruct(check_messages(messages))
+            options.setdefault("schema", toolbox.schema)
+        for_template = toolbox.for_template if toolbox is not None else None
         names = ("max_tokens", "temperature", "top_p", "stop", "seed", "schema")
         named = {name: options.pop(name, None) for name in names}
         sampling = self._sampling(named, options)
 
         def build() -> Request:
-            return self._requests.for_messages(started, messages, context, sampling.max_tokens, tools)
+            return self._requests.for_messages(started, messages, context, sampling.max_tokens, for_template)
 
-        return self._start(build, blend, sampling)
+        return self._start(build, blend, sampling, toolbox)
 
     def _sampling(self, options: Mapping[str, Any], extra: Mapping[str, Any]) -> Sampling:
         stop, max_tokens = options["stop"], options["max_tokens"]
@@ -305,6 +317,7 @@ class KVMem:
         build: Callable[[], Request],
         blend: BlendSettings | str | Mapping[str, Any] | None,
         sampling: Sampling,
+        toolbox: Toolbox | None = None,
     ) -> AnswerStream:
         self._check_open()
         settings = self._blend(blend)
@@ -313,7 +326,11 @@ class KVMem:
             with self._work():
                 request = build()
                 listener.planned(request.plan, request.sources)
-                return self._answer(request, settings, sampling, listener)
+                answer = self._answer(request, settings, sampling, listener)
+            if toolbox is None:
+                return answer
+            text, calls = toolbox.read(answer.text)
+            return replace(answer, text=text, tool_calls=calls)
 
         stream = AnswerStream(self._executor, work)
         self._streams.add(stream)

@@ -21,6 +21,8 @@ COMMANDS = [
 ]
 EXAMPLES = sorted(p.name for p in (ROOT / "examples").glob("*.py") if p.name != "demo.py")
 
+PAGES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md") if "```python" in p.read_text())
+
 pytestmark = pytest.mark.model
 
 
@@ -35,6 +37,13 @@ def run(command: list[str], directory: Path) -> str:
 def test_readme_python_runs(code: str, tmp_path: Path) -> None:
     """Pasted into a file, it runs without an error."""
     run([sys.executable, "-c", code], tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_of_the_docs_runs_from_top_to_bottom(page: str, tmp_path: Path) -> None:
+    """Its blocks, one after the other in one program, as a reader would paste them."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    run([sys.executable, "-c", "\n".join(blocks)], tmp_path)
 
 
 def test_readme_commands_run(tmp_path: Path) -> None:

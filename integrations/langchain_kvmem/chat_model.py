@@ -22,8 +22,8 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import ConfigDict, Field, PrivateAttr
 
 from kvmem import Answer, AnswerStream, InputError, KVMem
+from kvmem.tools import Toolbox
 from langchain_kvmem.convert import to_messages, to_metadata, to_usage
-from langchain_kvmem.tools import ANSWER, describe, parse, schema_of
 
 _OPENING = threading.Lock()
 
@@ -113,8 +113,7 @@ class ChatKVMem(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        tools = kwargs.get("tools")
-        return self._result(self._open(messages, stop, kwargs).answer, tools)
+        return self._result(self._open(messages, stop, kwargs).answer)
 
     async def _agenerate(
         self,
@@ -123,8 +122,7 @@ class ChatKVMem(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        tools = kwargs.get("tools")
-        return self._result(await self._open(messages, stop, kwargs).wait(), tools)
+        return self._result(await self._open(messages, stop, kwargs).wait())
 
     def _stream(
         self,
@@ -133,15 +131,15 @@ class ChatKVMem(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        tools = kwargs.get("tools")
+        with_tools = bool(kwargs.get("tools"))
         with self._open(messages, stop, kwargs) as stream:
             for piece in stream:
-                if not tools:
+                if not with_tools:
                     chunk = _chunk(piece)
                     if run_manager:
                         run_manager.on_llm_new_token(piece, chunk=chunk)
                     yield chunk
-            yield self._last_chunk(stream.answer, tools)
+            yield self._last_chunk(stream.answer, with_tools)
 
     async def _astream(
         self,
@@ -150,15 +148,15 @@ class ChatKVMem(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        tools = kwargs.get("tools")
+        with_tools = bool(kwargs.get("tools"))
         with self._open(messages, stop, kwargs) as stream:
             async for piece in stream:
-                if not tools:
+                if not with_tools:
                     chunk = _chunk(piece)
                     if run_manager:
                         await run_manager.on_llm_new_token(piece, chunk=chunk)
                     yield chunk
-            yield self._last_chunk(await stream.wait(), tools)
+            yield self._last_chunk(await stream.wait(), with_tools)
 
     def _open(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> AnswerStream:
         """Begin an answer; arguments of the call win over the model's."""
@@ -171,44 +169,33 @@ class ChatKVMem(BaseChatModel):
             **self.generate_kwargs,
             **kwargs,
         }
-        tools, choice = given.pop("tools", None), given.pop("tool_choice", None)
         for internal in ("ls_structured_output_format", "parallel_tool_calls", "strict"):
             given.pop(internal, None)
         if given.pop("model", self.model_name) not in (self.model_name, self.engine.model.name):
             raise InputError(f"This ChatKVMem has loaded {self.engine.model.name!r}. Make another for another model.")
-        converted = to_messages(messages)
-        if choice == "none":
-            tools = None
-        if tools:
-            forced = choice not in (None, "auto")
-            if forced:
-                given["schema"] = schema_of(tools, choice)
-            if not self.engine.model.knows_tools:
-                offered = tools if forced else [*tools, ANSWER]
-                given["schema"] = schema_of(offered, choice if forced else "any")
-                converted, tools = _with_instructions(converted, describe(offered)), None
-        return self.engine.stream_chat(converted, stop=stop or self.stop, tools=tools, **given)
+        given["tool_choice"] = given.get("tool_choice") or "auto"
+        return self.engine.stream_chat(to_messages(messages), stop=stop or self.stop, **given)
 
-    def _result(self, answer: Answer, tools: Sequence[dict[str, Any]] | None) -> ChatResult:
-        text, calls = parse(answer.text, tools) if tools else (answer.text, [])
+    def _result(self, answer: Answer) -> ChatResult:
         message = AIMessage(
-            content=text,
-            tool_calls=calls,
+            content=answer.text,
+            tool_calls=[
+                {"name": c.name, "args": dict(c.arguments), "id": c.id, "type": "tool_call"} for c in answer.tool_calls
+            ],
             usage_metadata=to_usage(answer.usage),
             response_metadata=to_metadata(answer, self.engine.model.name),
         )
         return ChatResult(generations=[ChatGeneration(message=message)])
 
-    def _last_chunk(self, answer: Answer, tools: Sequence[dict[str, Any]] | None) -> ChatGenerationChunk:
-        """Usage, metadata, and the calls of a model with tools: whether text is a call is known at its end."""
-        text, calls = parse(answer.text, tools) if tools else ("", [])
-        chunks = [
-            tool_call_chunk(name=c["name"], args=json.dumps(c["args"]), id=c["id"], index=i)
-            for i, c in enumerate(calls)
+    def _last_chunk(self, answer: Answer, with_tools: bool) -> ChatGenerationChunk:
+        """Usage, metadata, and all that a model with tools said: whether text is a call is known at its end."""
+        calls = [
+            tool_call_chunk(name=c.name, args=json.dumps(c.arguments), id=c.id, index=i)
+            for i, c in enumerate(answer.tool_calls)
         ]
         message = AIMessageChunk(
-            content=text,
-            tool_call_chunks=chunks,
+            content=answer.text if with_tools else "",
+            tool_call_chunks=calls,
             usage_metadata=to_usage(answer.usage),
             response_metadata=to_metadata(answer, self.engine.model.name),
             chunk_position="last",
@@ -231,13 +218,14 @@ class ChatKVMem(BaseChatModel):
             template does not know tools: it is a call of one of them, or of `answer`, whose text becomes the message's.
         """
         converted = [convert_to_openai_tool(tool) for tool in tools]
+        choice: str | None
         if isinstance(tool_choice, dict):
-            tool_choice = tool_choice.get("function", tool_choice).get("name")
-        choice = (
-            {True: "any", False: None}.get(tool_choice, tool_choice) if isinstance(tool_choice, bool) else tool_choice
-        )
-        if choice not in (None, "auto", "none"):
-            schema_of(converted, str(choice))
+            choice = tool_choice.get("function", tool_choice).get("name")
+        elif isinstance(tool_choice, bool):
+            choice = "any" if tool_choice else None
+        else:
+            choice = tool_choice
+        Toolbox(tuple(converted), choice or "auto", native=False)
         return self.bind(tools=converted, tool_choice=choice, **kwargs)
 
     def with_structured_output(
@@ -279,11 +267,3 @@ class ChatKVMem(BaseChatModel):
 
 def _chunk(piece: str) -> ChatGenerationChunk:
     return ChatGenerationChunk(message=AIMessageChunk(content=piece))
-
-
-def _with_instructions(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
-    """`text` at the end of the system message."""
-    if messages and messages[0]["role"] == "system":
-        content = [*messages[0]["content"], f"\n\n{text}"]
-        return [{"role": "system", "content": content}, *messages[1:]]
-    return [{"role": "system", "content": [text]}, *messages]

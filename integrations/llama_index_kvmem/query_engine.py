@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Generator, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -81,11 +80,11 @@ class KVMemQueryEngine(BaseQueryEngine):
             stream = self._open(query_bundle)
             response: RESPONSE_TYPE
             if self.streaming:
-                sources = await asyncio.to_thread(lambda: stream.sources)
+                sources = await stream.wait_for_sources()
                 metadata = {"plan": _plan(stream.plan)}
                 response = AsyncStreamingResponse(_apieces(stream), to_nodes(sources), metadata)
             else:
-                response = _response(await asyncio.to_thread(lambda: stream.answer))
+                response = _response(await stream.wait())
             event.on_end(payload={EventPayload.RESPONSE: response})
         return response
 
@@ -104,7 +103,7 @@ def _pieces(stream: AnswerStream) -> Generator[str, None, None]:
 
 async def _apieces(stream: AnswerStream) -> AsyncGenerator[str, None]:
     with stream:
-        while (piece := await asyncio.to_thread(next, stream, None)) is not None:
+        async for piece in stream:
             yield piece
 
 

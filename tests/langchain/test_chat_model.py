@@ -21,7 +21,6 @@ from kvmem import InputError, KVMem, LanguageModel
 from kvmem.testing import tiny_model
 from langchain_kvmem import ChatKVMem
 from langchain_kvmem.convert import to_messages
-from langchain_kvmem.tools import parse, schema_of
 
 TEXTS = [
     f"The {name} leaves at {hour} and costs {hour * 3} crowns. Dogs pay half, and so do children under twelve. "
@@ -265,23 +264,6 @@ def test_a_forced_tool_is_called_with_its_arguments(chat: ChatKVMem) -> None:
     assert [c["name"] for c in total.tool_calls] == ["weather"]
     with pytest.raises(InputError, match="Known are: weather"):
         chat.bind_tools([WEATHER], tool_choice="wether")
-
-
-def test_calls_are_read_from_the_forms_models_write() -> None:
-    """Bare JSON and <tool_call> tags; other JSON and prose stay text."""
-    call = '{"name": "weather", "arguments": {"days": 2}}'
-    text, calls = parse(call, [WEATHER])
-    assert (text, [c["args"] for c in calls]) == ("", [{"days": 2}])
-    text, calls = parse(f"Let me see.\n<tool_call>\n{call}\n</tool_call>", [WEATHER])
-    assert (text, len(calls)) == ("Let me see.", 1)
-    for other in (
-        '{"name": "unknown", "arguments": {}}',
-        "It rains.",
-        '["weather"]',
-        '{"name": "weather", "arguments": 3}',
-    ):
-        assert parse(other, [WEATHER]) == (other, [])
-    assert schema_of([WEATHER], "any")["properties"]["name"] == {"const": "weather"}
 
 
 def test_messages_of_every_kind_are_converted() -> None:

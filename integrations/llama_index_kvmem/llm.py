@@ -1,0 +1,261 @@
+"""KVMemLLM: a local LLM for LlamaIndex that does not read the same text twice."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+    MessageRole,
+    TextBlock,
+)
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.llms.llm import ToolSelection
+
+from kvmem import Answer, AnswerStream, InputError, KVMem
+
+if TYPE_CHECKING:
+    from llama_index.core.tools.types import BaseTool
+
+_OPENING = threading.Lock()
+
+
+class KVMemLLM(FunctionCallingLLM):
+    """An LLM over `KVMem`: texts it has seen, in any prompt and at any place, are not read again.
+
+    model_name: a hub id, a directory, a GGUF file, "smollm2". store: a directory for the caches; None keeps them in
+    memory. max_new_tokens, temperature (0: greedy), generate_kwargs, model_kwargs: as in `HuggingFaceLLM`; model_kwargs
+    are arguments of `KVMem`. blend, namespace: as in `KVMem`. mem: an engine that is open already.
+
+    Arguments of a call (`max_tokens` or `max_new_tokens`, `temperature`, `top_p`, `stop`, `seed`, `context`, `schema`,
+    and those of transformers' `generate`) win over these. `raw` of a response has `usage`, `plan` and `timings`.
+    """
+
+    model_name: str = Field(default="smollm2")
+    store: str | None = Field(default=None)
+    max_new_tokens: int = Field(default=256, gt=0)
+    temperature: float = Field(default=0.0, ge=0.0)
+    blend: Any = Field(default=None)
+    namespace: str = Field(default="default")
+    generate_kwargs: dict[str, Any] = Field(default_factory=dict)
+    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    _mem: KVMem | None = PrivateAttr(default=None)
+
+    def __init__(self, mem: KVMem | None = None, **fields: Any) -> None:
+        super().__init__(**fields)
+        self._mem = mem
+        if mem is not None:
+            self.model_name = mem.model.name
+
+    @property
+    def engine(self) -> KVMem:
+        """The engine; opened by the first call."""
+        with _OPENING:
+            if self._mem is None:
+                self._mem = KVMem(self.model_name, self.store, namespace=self.namespace, **self.model_kwargs)
+            return self._mem
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "KVMemLLM"
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        return LLMMetadata(
+            context_window=self.engine.model.window,
+            num_output=self.max_new_tokens,
+            is_chat_model=True,
+            is_function_calling_model=True,
+            model_name=self.model_name,
+        )
+
+    # Chat
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        return _response(self._open(messages, kwargs).answer)
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        return _response(await self._open(messages, kwargs).wait())
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        stream, tools = self._open(messages, kwargs), bool(kwargs.get("tools"))
+
+        def pieces() -> ChatResponseGen:
+            text = ""
+            with stream:
+                for piece in stream:
+                    if not tools:
+                        text += piece
+                        yield _partial(text, piece)
+                yield _last(stream.answer, tools)
+
+        return pieces()
+
+    @llm_chat_callback()
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        stream, tools = self._open(messages, kwargs), bool(kwargs.get("tools"))
+
+        async def pieces() -> ChatResponseAsyncGen:
+            text = ""
+            with stream:
+                async for piece in stream:
+                    if not tools:
+                        text += piece
+                        yield _partial(text, piece)
+                yield _last(await stream.wait(), tools)
+
+        return pieces()
+
+    # Completion: the prompt is a message of the user
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        return _completion(_response(self._open(_said(prompt), kwargs).answer))
+
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        return _completion(_response(await self._open(_said(prompt), kwargs).wait()))
+
+    @llm_completion_callback()
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
+        stream = self._open(_said(prompt), kwargs)
+
+        def pieces() -> CompletionResponseGen:
+            text = ""
+            with stream:
+                for piece in stream:
+                    text += piece
+                    yield CompletionResponse(text=text, delta=piece)
+                yield _completion(_last(stream.answer, tools=False))
+
+        return pieces()
+
+    @llm_completion_callback()
+    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
+        stream = self._open(_said(prompt), kwargs)
+
+        async def pieces() -> CompletionResponseAsyncGen:
+            text = ""
+            with stream:
+                async for piece in stream:
+                    text += piece
+                    yield CompletionResponse(text=text, delta=piece)
+                yield _completion(_last(await stream.wait(), tools=False))
+
+        return pieces()
+
+    def _open(self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]) -> AnswerStream:
+        """Begin an answer; arguments of the call win over those of the LLM."""
+        given = {"temperature": self.temperature, "blend": self.blend, **self.generate_kwargs, **kwargs}
+        given["max_tokens"] = given.pop("max_new_tokens", None) or given.get("max_tokens") or self.max_new_tokens
+        given["tool_choice"] = given.get("tool_choice") or "auto"
+        return self.engine.stream_chat([_to_message(message) for message in messages], **given)
+
+    # Function calling
+
+    def _prepare_chat_with_tools(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,
+        allow_parallel_tool_calls: bool = False,
+        tool_required: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        messages = list(chat_history or [])
+        if user_msg is not None:
+            messages.append(
+                ChatMessage(role=MessageRole.USER, content=user_msg) if isinstance(user_msg, str) else user_msg
+            )
+        functions = [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools]
+        choice = kwargs.pop("tool_choice", None) or ("required" if tool_required else "auto")
+        return {"messages": messages, "tools": functions, "tool_choice": choice, **kwargs}
+
+    def get_tool_calls_from_response(
+        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
+    ) -> list[ToolSelection]:
+        calls = response.message.additional_kwargs.get("tool_calls", [])
+        if not calls and error_on_no_tool_call:
+            raise ValueError(f"The model called no tool; it said: {response.message.content!r}.")
+        return [
+            ToolSelection(
+                tool_id=call["id"],
+                tool_name=call["function"]["name"],
+                tool_kwargs=json.loads(call["function"]["arguments"]),
+            )
+            for call in calls
+        ]
+
+
+def _said(prompt: str) -> list[ChatMessage]:
+    return [ChatMessage(role=MessageRole.USER, content=prompt)]
+
+
+def _to_message(message: ChatMessage) -> dict[str, Any]:
+    """A message as `KVMem.chat` takes it. Raises InputError."""
+    texts = []
+    for block in message.blocks:
+        if isinstance(block, TextBlock):
+            texts.append(block.text)
+        elif block.block_type not in ("tool_call", "thinking"):
+            raise InputError(f"A message holds a {type(block).__name__}; this model reads text. Give text.")
+    converted: dict[str, Any] = {"role": message.role.value, "content": texts}
+    if calls := message.additional_kwargs.get("tool_calls"):
+        converted["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"])}}
+            for call in calls
+        ]
+    if message.role == MessageRole.TOOL:
+        converted["tool_call_id"] = message.additional_kwargs.get("tool_call_id", "")
+        converted["name"] = message.additional_kwargs.get("name", "")
+    return converted
+
+
+def _partial(text: str, piece: str) -> ChatResponse:
+    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), delta=piece)
+
+
+def _last(answer: Answer, tools: bool) -> ChatResponse:
+    """The end of a stream: nothing new unless there were tools, when all of it comes at once."""
+    response = _response(answer)
+    response.delta = answer.text if tools else ""
+    return response
+
+
+def _response(answer: Answer) -> ChatResponse:
+    calls = [
+        {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": json.dumps(dict(c.arguments))}}
+        for c in answer.tool_calls
+    ]
+    usage = {
+        "prompt_tokens": answer.usage.prompt,
+        "completion_tokens": answer.usage.generated,
+        "total_tokens": answer.usage.prompt + answer.usage.generated,
+        **vars(answer.usage),
+    }
+    plan = {"mode": answer.plan.mode, "reason": answer.plan.reason, "dropped": answer.plan.dropped}
+    message = ChatMessage(
+        role=MessageRole.ASSISTANT, content=answer.text, additional_kwargs={"tool_calls": calls} if calls else {}
+    )
+    raw = {"usage": usage, "plan": plan, "timings": dict(vars(answer.timings)), "finish_reason": answer.finish_reason}
+    return ChatResponse(message=message, raw=raw)
+
+
+def _completion(response: ChatResponse) -> CompletionResponse:
+    return CompletionResponse(text=response.message.content or "", raw=response.raw, delta=response.delta)

@@ -1,0 +1,127 @@
+"""Tool calls: how tools are told to a model, and how its calls are read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from kvmem.errors import InputError
+from kvmem.prompt import Message, as_pieces
+
+Tool = Mapping[str, Any]
+# What a model whose template knows no tools calls when it has an answer.
+ANSWER: Tool = {
+    "type": "function",
+    "function": {
+        "name": "answer",
+        "description": "Answer the user.",
+        "parameters": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
+    },
+}
+_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool. arguments: JSON, by name."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Toolbox:
+    """The tools of one answer, and how the model is to use them.
+
+    tools: functions by JSON schema, as in OpenAI's API. choice: "auto", "any" (or "required"), "none", or a name.
+    native: whether the model's chat template tells it about tools. Raises InputError.
+    """
+
+    tools: tuple[Tool, ...]
+    choice: str
+    native: bool
+
+    def __post_init__(self) -> None:
+        for tool in self.tools:
+            if not isinstance(tool, Mapping) or not isinstance(tool.get("function", {}).get("name"), str):
+                raise InputError(f'{tool!r} is not a tool. Give {{"type": "function", "function": {{"name": ...}}}}.')
+        if self.choice not in ("auto", "any", "required", "none", *self._names):
+            known = ", ".join(self._names)
+            raise InputError(f"tool_choice={self.choice!r} is not one of the tools. Known are: {known}.")
+
+    @property
+    def _names(self) -> list[str]:
+        return [tool["function"]["name"] for tool in self.tools]
+
+    @property
+    def for_template(self) -> tuple[Tool, ...] | None:
+        return self.tools if self.native and self.choice != "none" else None
+
+    @property
+    def _offered(self) -> tuple[Tool, ...]:
+        """What an answer without native tools may call: a call is all it can be, so answering is one, too."""
+        return (*self.tools, ANSWER) if self.choice == "auto" else self.tools
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """The JSON schema of the answer, or None if it is free."""
+        if self.choice == "none" or (self.choice == "auto" and self.native):
+            return None
+        functions = [tool["function"] for tool in self._offered]
+        if self.choice not in ("auto", "any", "required"):
+            functions = [function for function in functions if function["name"] == self.choice]
+        calls = [
+            {
+                "type": "object",
+                "properties": {"name": {"const": f["name"]}, "arguments": f.get("parameters") or {"type": "object"}},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for f in functions
+        ]
+        return calls[0] if len(calls) == 1 else {"anyOf": calls}
+
+    def instruct(self, messages: Sequence[Message]) -> list[Message]:
+        """`messages`, with the tools at the end of the system message if the template does not tell them."""
+        if self.native or self.choice == "none":
+            return list(messages)
+        functions = "\n".join(json.dumps(tool["function"]) for tool in self._offered)
+        text = (
+            "You work by calling one of these functions:\n"
+            f"{functions}\n"
+            'Write nothing but JSON: {"name": "<function>", "arguments": {...}}'
+        )
+        if messages and messages[0].get("role") == "system":
+            content = [*as_pieces(messages[0].get("content")), f"\n\n{text}"]
+            return [{**messages[0], "content": content}, *messages[1:]]
+        return [{"role": "system", "content": text}, *messages]
+
+    def read(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
+        """The text of an answer and the calls in it: bare JSON, or in `<tool_call>` tags."""
+        if self.choice == "none":
+            return text, ()
+        call = self._read(text.strip())
+        if call is not None and call.name == ANSWER["function"]["name"] and call.name not in self._names:
+            return str(call.arguments.get("text", "")), ()
+        if call is not None:
+            return "", (call,)
+        calls = tuple(call for found in _CALL.findall(text) if (call := self._read(found)) is not None)
+        return (_CALL.sub("", text).strip(), calls) if calls else (text, ())
+
+    def _read(self, text: str) -> ToolCall | None:
+        try:
+            value = json.loads(text)
+        except ValueError:
+            return None
+        names = [tool["function"]["name"] for tool in self._offered]
+        if not isinstance(value, dict) or value.get("name") not in names:
+            return None
+        arguments = value.get("arguments", value.get("parameters", {}))
+        if not isinstance(arguments, dict):
+            return None
+        return ToolCall(f"call_{uuid4().hex[:24]}", value["name"], arguments)

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import kvmem
+from kvmem import KVMem
+from kvmem.tools import Toolbox
+
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather.",
+        "parameters": {"type": "object", "properties": {"days": {"enum": [1, 2]}}, "required": ["days"]},
+    },
+}
+CALL = '{"name": "weather", "arguments": {"days": 2}}'
+OTHERS = ('{"name": "unknown", "arguments": {}}', "It rains.", '["weather"]', '{"name": "weather", "arguments": 3}')
+
+
+def test_calls_are_read_from_the_forms_models_write() -> None:
+    """Bare JSON and <tool_call> tags; other JSON and prose stay text."""
+    toolbox = Toolbox((WEATHER,), "auto", native=False)
+    text, calls = toolbox.read(CALL)
+    assert (text, [c.arguments for c in calls]) == ("", [{"days": 2}])
+    text, calls = toolbox.read(f"Let me see.\n<tool_call>\n{CALL}\n</tool_call>")
+    assert (text, len(calls)) == ("Let me see.", 1)
+    for other in OTHERS:
+        assert toolbox.read(other) == (other, ())
+    assert toolbox.read('{"name": "answer", "arguments": {"text": "Sunny."}}') == ("Sunny.", ())
+    assert Toolbox((WEATHER,), "none", native=False).read(CALL) == (CALL, ())
+
+
+def test_a_model_without_tools_in_its_template_is_told_and_bound() -> None:
+    """Its system message lists the functions, `answer` among them unless a call is forced; its answer has a schema."""
+    free, forced = (Toolbox((WEATHER,), choice, native=False) for choice in ("auto", "weather"))
+    (system, user) = free.instruct([{"role": "user", "content": "Hi"}])
+    assert "weather" in system["content"]
+    assert '"answer"' in system["content"]
+    assert user["content"] == "Hi"
+    assert '"answer"' not in forced.instruct([])[0]["content"]
+    assert free.schema is not None
+    assert len(free.schema["anyOf"]) == 2
+    assert forced.schema is not None
+    assert forced.schema["properties"]["name"] == {"const": "weather"}
+    native = Toolbox((WEATHER,), "auto", native=True)
+    assert native.instruct([user]) == [user]
+    assert (native.schema, native.for_template) == (None, (WEATHER,))
+
+
+def test_a_forced_call_and_a_schema_hold_for_random_weights(mem: KVMem) -> None:
+    """Whatever the model would like to say."""
+    message = [{"role": "user", "content": "Hi"}]
+    (call,) = mem.chat(message, tools=[WEATHER], tool_choice="any", max_tokens=80).tool_calls
+    assert call.name == "weather"
+    assert call.arguments["days"] in (1, 2)
+    answer = mem.chat(message, schema={"enum": ["north", "south"]}, max_tokens=20)
+    assert answer.text in ('"north"', '"south"')
+    assert answer.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tools": [WEATHER], "tool_choice": "wether"},
+        {"tools": ["weather"]},
+        {"schema": "string"},
+        {"schema": {"type": "nonsense"}},
+    ],
+)
+def test_tools_and_schemas_that_are_none_are_an_error(mem: KVMem, options: dict[str, Any]) -> None:
+    """Each says what to give instead, and the engine goes on."""
+    with pytest.raises(kvmem.InputError, match=r"Give|Known"):
+        mem.chat([{"role": "user", "content": "Hi"}], max_tokens=4, **options)
+    assert mem.chat([{"role": "user", "content": "Hi"}], max_tokens=1).usage.generated == 1
