@@ -14,20 +14,19 @@ from types import TracebackType
 from typing import Any, TypeVar
 from weakref import WeakSet
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvmem.answer import Answer, Prefill, Source, Timings
-from kvmem.blend import count_usage, plan_repair
-from kvmem.compose import Composer, Resident, Stitched
+from kvmem.answer import Answer, Prefill, Source
+from kvmem.compose import Composer
 from kvmem.corpus import Corpus, chunks_of
 from kvmem.document import Document, Metadata, as_document
 from kvmem.errors import ClosedError, InputError, PromptTooLongError
-from kvmem.generate import Sampling, generate
+from kvmem.generate import Sampling
 from kvmem.model import LanguageModel
 from kvmem.prompt import DEFAULT_SYSTEM, Message, Span, Typesetter
 from kvmem.request import Context, Request, RequestBuilder, check_messages
 from kvmem.retrieve import BM25Retriever, Retriever
+from kvmem.runner import Runner
 from kvmem.settings import BlendSettings, ModelSettings, Settings
 from kvmem.stats import DocumentStats, Stats
 from kvmem.store.base import Store
@@ -80,7 +79,7 @@ class KVMem:
         neutral = self._requests.prefix(DEFAULT_SYSTEM)
         preamble = Span(tuple(token for span in neutral for token in span.token_ids))
         self._composer = Composer(self.model, self.store, namespace, preamble)
-        self._resident: Resident | None = None
+        self._runner = Runner(self.model, self.store, self._composer)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kvmem")
         self._streams: WeakSet[AnswerStream] = WeakSet()
         self._closed = False
@@ -146,7 +145,7 @@ class KVMem:
     def _clear(self) -> None:
         for document in tuple(self._corpus):
             self._corpus.remove(document.id)
-        self._resident = None
+        self._runner.release()
         self.store.clear(self.settings.namespace)
 
     def stats(self) -> Stats:
@@ -168,7 +167,7 @@ class KVMem:
         corpus = [self._corpus.span(chunk) for chunk in self._corpus.chunks()]
         before = sum(map(len, prefix))
         if before + sum(map(len, corpus)) + self.settings.max_tokens <= self.model.window:
-            self._keep(self._stitch([*prefix, *corpus], in_place=document.id if anew else None))
+            self._runner.read([*prefix, *corpus], in_place=document.id if anew else None)
             return
         run: Spans = []
         for span in (self._corpus.span(chunk) for chunk in chunks_of(document)):
@@ -178,10 +177,10 @@ class KVMem:
                     "Give smaller chunks, or let kvmem split the text."
                 )
             if run and before + sum(map(len, run)) + len(span) > self.model.window:
-                self._keep(self._stitch([*prefix, *run]))
+                self._runner.read([*prefix, *run])
                 run = []
             run.append(span)
-        self._keep(self._stitch([*prefix, *run]))
+        self._runner.read([*prefix, *run])
 
     def _forget(self, document: Document) -> None:
         used = self._corpus.in_use()
@@ -326,7 +325,7 @@ class KVMem:
             with self._work():
                 request = build()
                 listener.planned(request.plan, request.sources)
-                answer = self._answer(request, settings, sampling, listener)
+                answer = self._runner.answer(request, settings, sampling, listener)
             if toolbox is None:
                 return answer
             text, calls = toolbox.read(answer.text)
@@ -358,64 +357,9 @@ class KVMem:
 
         def work() -> Prefill:
             request = self._requests.for_question(started, question, context, system, self.settings.max_tokens)
-            stitched = self._stitch(request.prompt.spans, request.prompt.query)
-            after_stitch = time.perf_counter()
-            repair = plan_repair(self.model, stitched, request.prompt.query, settings)
-            logits = repair.run(self.model, stitched.cache)
-            self._resident = None  # the buffer is the caller's from here on
-            ready = time.perf_counter()
-            self._save(stitched, settings)
-            timings = self._timings(request, after_stitch, ready)
-            usage = count_usage(self.model, stitched, repair, 0)
-            token_ids = torch.tensor(request.prompt.token_ids, dtype=torch.long)
-            return Prefill(token_ids, stitched.cache, logits, usage, request.plan, timings)
+            return self._runner.prefill(request, settings)
 
         return self._run(work)
-
-    def _answer(self, request: Request, blend: BlendSettings, sampling: Sampling, listener: Listener) -> Answer:
-        prompt = request.prompt
-        stitched = self._stitch(prompt.spans, prompt.query, spare=sampling.max_tokens)
-        after_stitch = time.perf_counter()
-        repair = plan_repair(self.model, stitched, prompt.query, blend)
-        first = repair.as_first_forward(self.model, stitched.cache)
-        after: tuple[int, ...] = ()
-        try:
-            generated = generate(self.model, stitched.cache, prompt.token_ids, sampling, listener, first)
-            after = (*prompt.query, *generated.token_ids)
-        finally:
-            self._keep(stitched, blend, after)
-        return Answer(
-            text=generated.text,
-            sources=request.sources,
-            usage=count_usage(self.model, stitched, repair, len(generated.token_ids)),
-            plan=request.plan,
-            timings=self._timings(request, after_stitch, generated.first_token),
-            finish_reason=generated.finish_reason,
-        )
-
-    def _stitch(
-        self, spans: Sequence[Span], query: Sequence[int] = (), spare: int = 0, in_place: str | None = None
-    ) -> Stitched:
-        resident, self._resident = self._resident, None
-        capacity = sum(map(len, spans)) + len(query) + spare
-        return self._composer.compose(spans, capacity, resident, in_place, query)
-
-    def _keep(self, stitched: Stitched, blend: BlendSettings | None = None, after: Sequence[int] = ()) -> None:
-        """Store what is new, and keep the buffer's exact rows for the next prompt.
-
-        after: tokens that were read or generated behind the spans.
-        """
-        self._save(stitched, blend)
-        exact = stitched.token_ids[: stitched.exact_end]
-        if not stitched.segments:
-            exact = [*exact, *after][: stitched.cache.length]
-        self._resident = Resident(stitched.cache, tuple(exact))
-
-    def _save(self, stitched: Stitched, blend: BlendSettings | None) -> None:
-        if blend is not None and blend.selector == "all":
-            self._composer.make_exact(stitched)
-        for entry in stitched.unsaved:
-            self.store.put(entry)
 
     def _blend(self, blend: BlendSettings | str | Mapping[str, Any] | None) -> BlendSettings:
         parsed = self.settings.blend if blend is None else BlendSettings.parse(blend)
@@ -425,15 +369,6 @@ class KVMem:
 
         report = recall(self.model) or check(self.model)
         return parsed.model_copy(update={"recompute": report.recompute if report.recompute is not None else 0.0})
-
-    def _timings(self, request: Request, after_stitch: float, first_token: float) -> Timings:
-        return Timings(
-            prepare=request.prepared - request.started,
-            stitch=after_stitch - request.prepared,
-            repair=first_token - after_stitch,
-            first_token=first_token - request.started,
-            total=time.perf_counter() - request.started,
-        )
 
     @contextmanager
     def _work(self) -> Iterator[None]:
@@ -476,7 +411,7 @@ class KVMem:
         for stream in tuple(self._streams):
             stream.close()
         self._executor.shutdown(wait=True, cancel_futures=True)
-        self._resident = None
+        self._runner.release()
         if self._owns_store:
             self.store.close()
 

@@ -47,7 +47,7 @@ class TestChatKVMemIntegration(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"mem": self.mem, "max_tokens": 120}
+        return {"mem": self.mem, "max_tokens": 64}
 
     @property
     def supports_model_override(self) -> bool:
