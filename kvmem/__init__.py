@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvmem.settings import BlendSettings, ModelSettings, Settings, SplitSettings, StoreSettings
     from kvmem.stats import DocumentStats, Stats
     from kvmem.stream import AnswerStream
+    from kvmem.tools import ToolCall
 
 # Public names by the module they live in; loaded on first use, so that `import kvmem` loads neither torch nor
 # transformers.
@@ -48,6 +49,7 @@ _HOME = {
     "kvmem.settings": ("BlendSettings", "ModelSettings", "Settings", "SplitSettings", "StoreSettings"),
     "kvmem.stats": ("DocumentStats", "Stats"),
     "kvmem.stream": ("AnswerStream",),
+    "kvmem.tools": ("ToolCall",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -77,6 +79,7 @@ __all__ = [
     "StoreError",
     "StoreSettings",
     "Timings",
+    "ToolCall",
     "UnknownDocumentError",
     "Usage",
 ]

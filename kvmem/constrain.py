@@ -19,26 +19,32 @@ Schema = Mapping[str, Any]
 
 _SAMPLE = "The night ferry leaves Port Ellery at ten past nine and reaches Saint Orrin at dawn, in any weather."
 _LARGEST_INTEGER = 2**53
+# What holds data of the user's, and what joins a schema with others.
+_DATA = {"const", "enum", "default", "examples"}
+_COMBINING = {"allOf", "anyOf", "oneOf", "$ref"}
 
 
 def narrow(schema: Schema, characters: int) -> dict[str, Any]:
     """A schema whose JSON is valid under `schema` too, and that a small model can finish.
 
-    Objects that list their properties get no others, strings of no given length share `characters`, and integers are
-    those that JSON's readers agree on: a small model would fill any of them until the answer is cut off in the middle.
+    Objects that list their properties (and are not combined with others) get no more, strings of no given length share
+    `characters`, and integers are those that JSON's readers agree on: a small model would fill any of them until the
+    answer is cut off in the middle.
     """
     longest = max(16, characters // max(1, _count_strings(schema)))
 
-    def visit(node: Any) -> Any:
+    def visit(node: Any, combined: bool = False) -> Any:
         if isinstance(node, list):
-            return [visit(item) for item in node]
+            return [visit(item, combined) for item in node]
         if not isinstance(node, Mapping):
             return node
-        found = {name: visit(value) for name, value in node.items()}
-        if isinstance(found.get("properties"), dict):
+        found = {
+            name: value if name in _DATA else visit(value, combined=name == "allOf") for name, value in node.items()
+        }
+        if isinstance(found.get("properties"), dict) and not combined and not found.keys() & _COMBINING:
             found.setdefault("additionalProperties", False)
         if _is_open_string(found):
-            found["maxLength"] = longest
+            found["maxLength"] = max(longest, found.get("minLength", 0))
         if found.get("type") == "integer" and not found.keys() & {"enum", "const"}:
             if not found.keys() & {"minimum", "exclusiveMinimum"}:
                 found["minimum"] = -_LARGEST_INTEGER
@@ -59,7 +65,8 @@ def _count_strings(node: Any) -> int:
         return sum(map(_count_strings, node))
     if not isinstance(node, Mapping):
         return 0
-    return int(_is_open_string(node)) + sum(map(_count_strings, node.values()))
+    inner = (value for name, value in node.items() if name not in _DATA)
+    return int(_is_open_string(node)) + sum(map(_count_strings, inner))
 
 
 class JsonConstraint(LogitsProcessor):

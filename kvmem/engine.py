@@ -83,7 +83,6 @@ class KVMem:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kvmem")
         self._streams: WeakSet[AnswerStream] = WeakSet()
         self._closed = False
-        self._working = 0
 
     def _open_model(
         self, model: Any, tokenizer: PreTrainedTokenizerBase | None, overrides: Mapping[str, Any]
@@ -285,10 +284,13 @@ class KVMem:
         """Like `chat`, as an iterator of text pieces (calls of tools included, as the model writes them); its
         `.answer` is the whole answer."""
         started = time.perf_counter()
+        if not tools and tool_choice not in ("auto", "none"):
+            raise InputError(f"tool_choice={tool_choice!r} needs tools. Give some.")
         toolbox = Toolbox(tuple(tools), tool_choice, self.model.knows_tools) if tools else None
         if toolbox is not None:
             messages = toolbox.instruct(check_messages(messages))
-            options.setdefault("schema", toolbox.schema)
+            if options.get("schema") is None:
+                options["schema"] = toolbox.schema
         for_template = toolbox.for_template if toolbox is not None else None
         names = ("max_tokens", "temperature", "top_p", "stop", "seed", "schema")
         named = {name: options.pop(name, None) for name in names}
@@ -374,21 +376,21 @@ class KVMem:
     def _work(self) -> Iterator[None]:
         """Around everything that runs in the engine's thread."""
         with self.model.lock:
-            self._working = threading.get_ident()
+            self.model.working = threading.get_ident()
             try:
                 yield
             finally:
-                self._working = 0
+                self.model.working = 0
 
     # Lifetime
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("This KVMem was closed. Open a new one on the same store.")
-        if threading.get_ident() == self._working:
+        if threading.get_ident() == self.model.working:
             raise InputError(
-                "A KVMem was called from inside its own work (by a retriever, or while iterating context). "
-                "Use another KVMem there, or do it before the call."
+                "A KVMem was called from inside its own work, or that of another with the same model (by a retriever, "
+                "or while iterating context). Use one with a model of its own there, or do it before the call."
             )
 
     def _run(self, work: Callable[[], T]) -> T:

@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from kvmem.answer import FinishReason
 from kvmem.cache import BlendedCache
 from kvmem.constrain import JsonConstraint, Schema
-from kvmem.errors import InputError, first_line
+from kvmem.errors import InputError, KVMemError, first_line
 from kvmem.model import LanguageModel
 from kvmem.stream import Listener
 
@@ -31,6 +31,12 @@ _RESERVED = {
     "input_ids": "The prompt is made from the question.",
     "attention_mask": "The prompt is made from the question.",
     "past_key_values": "The cache is kvmem's own.",
+    "prefill_chunk_size": "The prompt is read by kvmem.",
+    "prompt_lookup_num_tokens": "Candidates are not checked here.",
+    "assistant_model": "Candidates are not checked here.",
+    "assistant_early_exit": "Candidates are not checked here.",
+    "use_cache": "The cache is kvmem's own.",
+    "cache_implementation": "The cache is kvmem's own.",
     "generation_config": "Give its fields by name.",
     "stopping_criteria": "Give stop, or close the stream.",
 }
@@ -58,6 +64,10 @@ class Sampling:
         if reserved := _RESERVED.keys() & self.extra.keys():
             name = min(reserved)
             raise InputError(f"{name} cannot be handed to generate here. {_RESERVED[name]}")
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise InputError(f"{name}={value!r} is not a number. Give one.")
         if self.temperature < 0:
             raise InputError(f"temperature={self.temperature} is below 0. Give 0 (greedy) or more.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -120,13 +130,16 @@ def generate(
                 stopping_criteria=StoppingCriteriaList([_Stop(streamer, listener)]),
                 **options,
             )
+        except (KVMemError, torch.OutOfMemoryError):
+            raise
         except (ValueError, TypeError, RuntimeError) as error:
             raise InputError(
                 f"transformers' generate does not take these arguments: {first_line(error)}. "
                 f"Given were {dict(sampling.extra)!r}."
             ) from error
     reason: FinishReason = "length"
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    end = sampling.extra.get("eos_token_id", config.eos_token_id)
+    ends = end if isinstance(end, list) else [end]
     if streamer.stopped or (streamer.token_ids and streamer.token_ids[-1] in ends):
         reason = "stop"
     elif listener.cancelled():

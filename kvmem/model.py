@@ -35,7 +35,7 @@ class LanguageModel:
 
     hf: the transformers model, unmodified and in eval mode. tokenizer: its tokenizer.
     name: what it was loaded as. window: the most tokens a prompt and its answer may have together.
-    lock: held by whoever runs the model; several `KVMem` may share one.
+    lock: held by whoever runs the model; several `KVMem` may share one. working: the thread that holds it, or 0.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class LanguageModel:
         self.hf: Any = hf.eval()
         self.tokenizer: Any = tokenizer
         self.lock = threading.RLock()
+        self.working = 0
         self._tokenizing = threading.Lock()
         self.name = name or str(getattr(hf.config, "_name_or_path", "") or type(hf).__name__)
         configs: list[Any] = [m.config for m in hf.modules() if getattr(m, "config", None) is not None]

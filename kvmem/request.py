@@ -105,7 +105,10 @@ class RequestBuilder:
     def _with_context(self, messages: list[Message]) -> list[Message]:
         if messages[0]["role"] != "system":
             return [{"role": "system", "content": [self._system(None) + "\n\n", CONTEXT]}, *messages]
-        content = [*as_pieces(messages[0]["content"]), Piece("\n\n"), CONTEXT]
+        # One text with what stands before it, as in `_question`: tokens may reach over the edge.
+        *pieces, last = as_pieces(messages[0]["content"]) or [Piece("")]
+        ending = [Piece(last.text + "\n\n")] if last.document is None else [last, Piece("\n\n")]
+        content = [*pieces, *ending, CONTEXT]
         return [{**messages[0], "content": content}, *messages[1:]]
 
     def _build(
@@ -159,8 +162,8 @@ class RequestBuilder:
 
     def context_chunks(self, context: Iterable[Any]) -> Sequence[Chunk]:
         """The chunks of texts or documents that are not in the corpus."""
-        if isinstance(context, (str, bytes)):
-            raise InputError("context is one text. Give a list of texts or documents.")
+        if isinstance(context, (str, bytes, Document)) or not isinstance(context, Iterable):
+            raise InputError(f"context is one {type(context).__name__}. Give a list of texts or documents.")
         chunks: list[Chunk] = []
         for item in context:
             document = as_document(item)

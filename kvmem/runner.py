@@ -37,12 +37,13 @@ class Runner:
         after_stitch = time.perf_counter()
         repair = plan_repair(self._model, stitched, prompt.query, blend)
         first = repair.as_first_forward(self._model, stitched.cache)
-        after: tuple[int, ...] = ()
         try:
             generated = generate(self._model, stitched.cache, prompt.token_ids, sampling, listener, first)
-            after = (*prompt.query, *generated.token_ids)
-        finally:
-            self._keep(stitched, blend, after)
+        except BaseException:
+            # Nothing says that the repair was run: what was approximate still is.
+            self._keep(stitched)
+            raise
+        self._keep(stitched, blend, (*prompt.query, *generated.token_ids))
         return Answer(
             text=generated.text,
             sources=request.sources,
@@ -83,7 +84,7 @@ class Runner:
         """
         self._save(stitched, blend)
         exact = stitched.token_ids[: stitched.exact_end]
-        if not stitched.segments:
+        if after and not stitched.segments:
             exact = [*exact, *after][: stitched.cache.length]
         self._resident = Resident(stitched.cache, tuple(exact))
 

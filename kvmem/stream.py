@@ -73,10 +73,13 @@ class AnswerStream:
     async def wait(self) -> Answer:
         """The whole answer, without blocking the event loop; leaving it closes the stream."""
         try:
-            return await asyncio.wrap_future(self._future)
+            done, _ = await asyncio.wait([asyncio.wrap_future(self._future)])
         except asyncio.CancelledError:
             self.close()
             raise
+        for future in done:
+            _ = future.cancelled() or future.exception()  # looked at, or asyncio would complain; `_result` raises it
+        return self._result()
 
     async def wait_for_sources(self) -> tuple[Source, ...]:
         """`sources`, without blocking the event loop."""

@@ -48,7 +48,8 @@ class Toolbox:
 
     def __post_init__(self) -> None:
         for tool in self.tools:
-            if not isinstance(tool, Mapping) or not isinstance(tool.get("function", {}).get("name"), str):
+            function = tool.get("function") if isinstance(tool, Mapping) else None
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
                 raise InputError(f'{tool!r} is not a tool. Give {{"type": "function", "function": {{"name": ...}}}}.')
         if self.choice not in ("auto", "any", "required", "none", *self._names):
             known = ", ".join(self._names)

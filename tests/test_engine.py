@@ -425,6 +425,31 @@ def test_new_entries_are_kept_when_generation_fails(mem: KVMem) -> None:
     assert mem.ask("What?", context=TEXTS).usage.computed < 60
 
 
+def test_what_failed_before_the_repair_is_never_called_exact(mem: KVMem, model: LanguageModel) -> None:
+    """A refused argument leaves approximate rows approximate, in the store and in the warm buffer."""
+    mem.prefill("Which?", context=TEXTS)
+    with pytest.raises(kvmem.InputError):
+        mem.ask("Which?", context=TEXTS[::-1], blend="all", no_such_argument=1)
+    again = mem.prefill("Which?", context=TEXTS[::-1], blend="none")
+    assert again.usage.reused > 100
+    whole = mem.prefill("Which?", context=TEXTS[::-1], blend="all")
+    assert torch.allclose(whole.logits, full_logits(model, whole), atol=1e-3)
+
+
+def test_two_engines_of_one_model_never_wait_for_each_other(model: LanguageModel, tmp_path: Path) -> None:
+    """A retriever that asks another engine of the same model gets an error instead of a deadlock."""
+    with open_mem(model, tmp_path / "one") as inner:
+        inner.add(TEXTS[0])
+
+        class Asking:
+            def score(self, question: str, chunks: Any) -> list[float]:
+                return [float(len(inner.retrieve(question, 1)))] * len(chunks)
+
+        outer = open_mem(model, tmp_path / "two", retriever=Asking())
+        with outer, pytest.raises(kvmem.InputError, match="same model"):
+            outer.ask("Which?", context=[TEXTS[1] * 60])
+
+
 def test_calling_back_into_the_engine_is_an_error_not_a_deadlock(mem: KVMem) -> None:
     """A context generator that asks gets told."""
 

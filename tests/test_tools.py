@@ -6,6 +6,7 @@ import pytest
 
 import kvmem
 from kvmem import KVMem
+from kvmem.constrain import narrow
 from kvmem.tools import Toolbox
 
 WEATHER: dict[str, Any] = {
@@ -75,3 +76,33 @@ def test_tools_and_schemas_that_are_none_are_an_error(mem: KVMem, options: dict[
     with pytest.raises(kvmem.InputError, match=r"Give|Known"):
         mem.chat([{"role": "user", "content": "Hi"}], max_tokens=4, **options)
     assert mem.chat([{"role": "user", "content": "Hi"}], max_tokens=1).usage.generated == 1
+
+
+def test_a_narrowed_schema_stays_satisfiable_and_keeps_its_data() -> None:
+    """Bounds respect what the schema asks for, data is not rewritten, and combined objects stay open."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "long": {"type": "string", "minLength": 200},
+            "free": {"type": "string"},
+            "count": {"type": "integer"},
+            "fixed": {"const": {"type": "string"}},
+            "both": {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]},
+        },
+    }
+    narrowed = narrow(schema, 100)
+    found = narrowed["properties"]
+    assert narrowed["additionalProperties"] is False
+    assert found["long"]["maxLength"] >= 200
+    assert found["free"]["maxLength"] == 50
+    assert found["count"]["maximum"] == 2**53
+    assert found["fixed"] == schema["properties"]["fixed"]  # type: ignore[index]
+    assert found["both"] == schema["properties"]["both"]  # type: ignore[index]
+
+
+def test_a_forced_call_needs_tools(mem: KVMem) -> None:
+    """tool_choice without tools is an error, and a schema of None does not undo it."""
+    message = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(kvmem.InputError, match="needs tools"):
+        mem.chat(message, tool_choice="any")
+    assert mem.chat(message, tools=[WEATHER], tool_choice="any", schema=None, max_tokens=80).tool_calls

@@ -12,7 +12,7 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.utils import AddableDict
 
-from kvmem import AnswerStream, InputError, KVMem
+from kvmem import AnswerStream, EmptyInputError, InputError, KVMem
 from langchain_kvmem.convert import to_documents, to_messages
 from langchain_kvmem.retriever import RankedBy
 
@@ -141,7 +141,10 @@ class CachedContextChain(Runnable[Inputs, Inputs]):
         messages = to_messages([*convert_to_messages(inputs["chat_history"]), HumanMessage(question)])
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
-        return self.mem.stream_chat(messages, context=self.mem.list() if context is None else context, **options)
+        documents = self.mem.list() if context is None else context
+        if not documents:
+            raise EmptyInputError("There is nothing to answer from: the corpus is empty. Add a document first.")
+        return self.mem.stream_chat(messages, context=documents, **options)
 
 
 def _formatted(document: Document, template: BasePromptTemplate[str]) -> Document:

@@ -9,6 +9,7 @@ from operator import itemgetter
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
 from langchain_core.language_models.model_profile import ModelProfile
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
@@ -220,7 +221,7 @@ class ChatKVMem(BaseChatModel):
         converted = [convert_to_openai_tool(tool) for tool in tools]
         choice: str | None
         if isinstance(tool_choice, dict):
-            choice = tool_choice.get("function", tool_choice).get("name")
+            choice = tool_choice.get("function", tool_choice).get("name") or tool_choice.get("type")
         elif isinstance(tool_choice, bool):
             choice = "any" if tool_choice else None
         else:
@@ -246,7 +247,9 @@ class ChatKVMem(BaseChatModel):
             raise InputError(f"with_structured_output does not take {min(kwargs)}. Bind it to the model instead.")
         if method not in ("json_schema", "function_calling", "json_mode"):
             raise InputError(f"method={method!r} is not known. Leave it out.")
-        json_schema = convert_to_json_schema(schema)
+        plain_schema = isinstance(schema, dict) and schema.get("type") not in (None, "function")
+        # LangChain's conversion knows objects only, and drops the rest of any other schema.
+        json_schema = dict(schema) if plain_schema else convert_to_json_schema(schema)  # type: ignore[arg-type]
         internal = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": json_schema}}
         model = self.bind(schema=json_schema, **internal)
         parser: Any = (
@@ -254,6 +257,7 @@ class ChatKVMem(BaseChatModel):
             if isinstance(schema, type) and is_basemodel_subclass(schema)
             else JsonOutputParser()
         )
+        parser = RunnablePassthrough(_check_complete) | parser
         if not include_raw:
             plain: Runnable[LanguageModelInput, Any] = model | parser
             return plain
@@ -263,6 +267,17 @@ class ChatKVMem(BaseChatModel):
             [failed], exception_key="parsing_error"
         )
         return both
+
+
+def _check_complete(message: BaseMessage) -> None:
+    """LangChain's parsers close JSON that was cut off; an answer that lacks its end is an error."""
+    try:
+        json.loads(str(message.content))
+    except ValueError as error:
+        raise OutputParserException(
+            f"The answer ends before its JSON does: {str(message.content)[-200:]!r}. Raise max_tokens.",
+            llm_output=str(message.content),
+        ) from error
 
 
 def _chunk(piece: str) -> ChatGenerationChunk:

@@ -18,6 +18,7 @@ from llama_index.core.base.llms.types import (
     LLMMetadata,
     MessageRole,
     TextBlock,
+    ToolCallBlock,
 )
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
@@ -209,22 +210,29 @@ def _said(prompt: str) -> list[ChatMessage]:
 
 def _to_message(message: ChatMessage) -> dict[str, Any]:
     """A message as `KVMem.chat` takes it. Raises InputError."""
-    texts = []
+    texts, calls = [], []
     for block in message.blocks:
         if isinstance(block, TextBlock):
             texts.append(block.text)
-        elif block.block_type not in ("tool_call", "thinking"):
+        elif isinstance(block, ToolCallBlock):
+            calls.append(_call(block.tool_call_id or "", block.tool_name, block.tool_kwargs))
+        elif block.block_type != "thinking":
             raise InputError(f"A message holds a {type(block).__name__}; this model reads text. Give text.")
     converted: dict[str, Any] = {"role": message.role.value, "content": texts}
-    if calls := message.additional_kwargs.get("tool_calls"):
-        converted["tool_calls"] = [
-            {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"])}}
-            for call in calls
-        ]
+    given = message.additional_kwargs.get("tool_calls") or []
+    calls = [_call(c.get("id", ""), c["function"]["name"], c["function"]["arguments"]) for c in given] or calls
+    if calls:
+        converted["tool_calls"] = calls
     if message.role == MessageRole.TOOL:
         converted["tool_call_id"] = message.additional_kwargs.get("tool_call_id", "")
         converted["name"] = message.additional_kwargs.get("name", "")
     return converted
+
+
+def _call(identity: str, name: str, arguments: Any) -> dict[str, Any]:
+    """A call as chat templates take it: its arguments a mapping."""
+    parsed = json.loads(arguments) if isinstance(arguments, str) else dict(arguments)
+    return {"id": identity, "type": "function", "function": {"name": name, "arguments": parsed}}
 
 
 def _partial(text: str, piece: str) -> ChatResponse:

@@ -11,13 +11,14 @@ import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
+from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
 from pydantic import BaseModel, Field
 
-from kvmem import InputError, KVMem, LanguageModel
+from kvmem import ClosedError, InputError, KVMem, LanguageModel
 from kvmem.testing import tiny_model
 from langchain_kvmem import ChatKVMem
 from langchain_kvmem.convert import to_messages
@@ -247,6 +248,32 @@ def test_structured_output_is_of_the_schema_even_from_random_weights(chat: ChatK
     assert isinstance(raw["parsed"], Trip)
     assert raw["parsing_error"] is None
     assert json.loads(raw["raw"].content)["goal"] == raw["parsed"].goal
+
+
+def test_json_that_was_cut_off_is_an_error_not_a_shorter_answer(chat: ChatKVMem) -> None:
+    """LangChain's parsers would close it and return a part."""
+    schema = {"title": "A", "description": "", "type": "array", "items": {"enum": ["one", "two"]}, "minItems": 90}
+    model = chat.model_copy(update={"max_tokens": 20})
+    with pytest.raises(OutputParserException, match="Raise max_tokens"):
+        model.with_structured_output(schema).invoke("Count")
+    raw = model.with_structured_output(schema, include_raw=True).invoke("Count")
+    assert raw["parsed"] is None
+    assert isinstance(raw["parsing_error"], OutputParserException)
+
+
+def test_an_answer_whose_engine_closes_is_an_error_not_a_cancelled_task(model: LanguageModel) -> None:
+    """Tasks are cancelled by their own callers only."""
+
+    async def main() -> None:
+        mem = KVMem(model, None)
+        running = mem.stream_chat([{"role": "user", "content": "Hi"}], max_tokens=3000)
+        waiting = asyncio.create_task(mem.stream_chat([{"role": "user", "content": "Hi"}]).wait())
+        await running.__anext__()
+        await asyncio.to_thread(mem.close)
+        with pytest.raises(ClosedError):
+            await waiting
+
+    asyncio.run(main())
 
 
 def test_a_forced_tool_is_called_with_its_arguments(chat: ChatKVMem) -> None:

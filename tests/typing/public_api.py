@@ -7,7 +7,7 @@ from typing import assert_type
 
 import torch
 
-from kvmem import Answer, AnswerStream, Document, KVMem, LanguageModel, Plan, Prefill, Stats, Usage
+from kvmem import Answer, AnswerStream, Document, KVMem, LanguageModel, Plan, Prefill, Source, Stats, ToolCall, Usage
 
 
 def as_a_caller() -> None:
@@ -24,6 +24,11 @@ def as_a_caller() -> None:
     assert_type(stream, AnswerStream)
     for piece in stream:
         assert_type(piece, str)
+    reply = mem.chat([{"role": "user", "content": "Hi"}], context=["a"], tools=[], max_tokens=3)
+    assert_type(reply, Answer)
+    assert_type(reply.tool_calls, tuple[ToolCall, ...])
+    assert_type(mem.stream_chat([{"role": "user", "content": "Hi"}]), AnswerStream)
+    assert_type(mem.retrieve("question", 3), tuple[Source, ...])
     prefill = mem.prefill("question", system="s", blend="all")
     assert_type(prefill, Prefill)
     assert_type(prefill.token_ids, torch.Tensor)
@@ -31,3 +36,10 @@ def as_a_caller() -> None:
     assert_type(mem.model, LanguageModel)
     with mem as opened:
         assert_type(opened, KVMem)
+
+
+async def as_an_async_caller(mem: KVMem) -> None:
+    stream = mem.stream("question")
+    async for piece in stream:
+        assert_type(piece, str)
+    assert_type(await stream.wait(), Answer)
