@@ -19,6 +19,8 @@ Schema = Mapping[str, Any]
 
 _SAMPLE = "The night ferry leaves Port Ellery at ten past nine and reaches Saint Orrin at dawn, in any weather."
 _LARGEST_INTEGER = 2**53
+# How many elements a list of no given length may well get.
+_LIKELY_ITEMS = 4
 # What holds data of the user's, and what joins a schema with others.
 _DATA = {"const", "enum", "default", "examples"}
 _COMBINING = {"allOf", "anyOf", "oneOf", "$ref"}
@@ -56,6 +58,15 @@ def narrow(schema: Schema, characters: int) -> dict[str, Any]:
     return narrowed
 
 
+def _property_names(node: Any) -> list[str]:
+    if isinstance(node, list):
+        return [name for item in node for name in _property_names(item)]
+    if not isinstance(node, Mapping):
+        return []
+    own = list(node["properties"]) if isinstance(node.get("properties"), Mapping) else []
+    return own + [name for key, value in node.items() if key not in _DATA for name in _property_names(value)]
+
+
 def _is_open_string(node: Mapping[str, Any]) -> bool:
     return node.get("type") == "string" and not node.keys() & {"maxLength", "enum", "const", "pattern", "format"}
 
@@ -65,8 +76,9 @@ def _count_strings(node: Any) -> int:
         return sum(map(_count_strings, node))
     if not isinstance(node, Mapping):
         return 0
-    inner = (value for name, value in node.items() if name not in _DATA)
-    return int(_is_open_string(node)) + sum(map(_count_strings, inner))
+    items = int(node.get("maxItems", _LIKELY_ITEMS)) if "items" in node else 1
+    inner = sum(_count_strings(value) for name, value in node.items() if name not in _DATA)
+    return int(_is_open_string(node)) + items * inner
 
 
 class JsonConstraint(LogitsProcessor):
@@ -85,7 +97,10 @@ class JsonConstraint(LogitsProcessor):
         # One space after a colon is how models were trained to write JSON; free white space lets small ones ramble.
         options: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         try:
-            room = int(0.6 * max_tokens * len(_SAMPLE) / model.count_tokens(_SAMPLE))
+            names = json.dumps(dict.fromkeys(_property_names(schema), ""))
+            # Rambling is made of short words: fewer characters by token than a text has.
+            characters = 0.6 * len(_SAMPLE) / model.count_tokens(_SAMPLE)
+            room = int(characters * max(0, max_tokens - model.count_tokens(names)))
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(narrow(schema, room)), overrides=options)
         except (TypeError, ValueError) as error:
             raise InputError(f"The schema is not one: {error}. Give a JSON schema.") from error

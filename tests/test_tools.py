@@ -96,6 +96,8 @@ def test_a_narrowed_schema_stays_satisfiable_and_keeps_its_data() -> None:
     assert found["long"]["maxLength"] >= 200
     assert found["free"]["maxLength"] == 50
     assert found["count"]["maximum"] == 2**53
+    listed = narrow({"type": "array", "items": {"type": "string"}, "maxItems": 5}, 100)
+    assert listed["items"]["maxLength"] == 20
     assert found["fixed"] == schema["properties"]["fixed"]  # type: ignore[index]
     assert found["both"] == schema["properties"]["both"]  # type: ignore[index]
 
