@@ -193,7 +193,12 @@ class KVMemLLM(FunctionCallingLLM):
     ) -> list[ToolSelection]:
         calls = response.message.additional_kwargs.get("tool_calls", [])
         if not calls and error_on_no_tool_call:
-            raise ValueError(f"The model called no tool; it said: {response.message.content!r}.")
+            cut = (
+                " and was cut off; give more max_tokens"
+                if (response.raw or {}).get("finish_reason") == "length"
+                else ""
+            )
+            raise ValueError(f"The model called no tool; it said {response.message.content!r}{cut}.")
         return [
             ToolSelection(
                 tool_id=call["id"],

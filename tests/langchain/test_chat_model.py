@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from helpers import gaps_while_busy
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
@@ -77,35 +78,14 @@ def test_streams_add_up_to_the_answer(chat: ChatKVMem) -> None:
         assert found.response_metadata["finish_reason"] == whole.response_metadata["finish_reason"]
 
 
-def test_the_loop_runs_while_the_engine_is_busy(chat: ChatKVMem) -> None:
+def test_the_loop_runs_while_the_engine_is_busy(chat: ChatKVMem, model: LanguageModel) -> None:
     """While calls wait for the model, which another thread holds, no call holds up the event loop."""
-    assert chat.mem is not None
-    lock = chat.mem.model.lock
 
-    async def main() -> list[float]:
-        gaps: list[float] = []
+    async def stream() -> None:
+        async for _ in chat.astream("Hello"):
+            pass
 
-        async def tick() -> None:
-            while True:
-                began = time.perf_counter()
-                await asyncio.sleep(0.001)
-                gaps.append(time.perf_counter() - began)
-
-        async def stream() -> None:
-            async for _ in chat.astream("Hello"):
-                pass
-
-        lock.acquire()
-        ticking = asyncio.create_task(tick())
-        waiting = [asyncio.create_task(chat.ainvoke("Hello")), asyncio.create_task(stream())]
-        await asyncio.sleep(0.5)
-        held = list(gaps)
-        lock.release()
-        await asyncio.gather(*waiting)
-        ticking.cancel()
-        return held
-
-    gaps = asyncio.run(main())
+    gaps = gaps_while_busy(model, [lambda: chat.ainvoke("Hello"), stream])
     assert len(gaps) > 50
     assert sorted(gaps)[len(gaps) * 9 // 10] < 0.05
 

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import pytest
+from helpers import gaps_while_busy
 from llama_index.core import MockEmbedding, VectorStoreIndex
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
@@ -18,7 +18,7 @@ from llama_index.core.schema import TextNode
 from llama_index.core.tools import FunctionTool
 from pydantic import BaseModel, Field
 
-from kvmem import InputError, KVMem
+from kvmem import InputError, KVMem, LanguageModel
 from llama_index_kvmem import KVMemLLM
 
 HELLO = [ChatMessage(role=MessageRole.USER, content="Hello")]
@@ -113,33 +113,14 @@ def test_events_come_in_order_and_once(llm: KVMemLLM) -> None:
     assert set(seen[1:-1]) == {"LLMChatInProgressEvent"}
 
 
-def test_the_loop_runs_while_the_engine_is_busy(llm: KVMemLLM, mem: KVMem) -> None:
+def test_the_loop_runs_while_the_engine_is_busy(llm: KVMemLLM, model: LanguageModel) -> None:
     """While calls wait for the model, which another thread holds, no call holds up the event loop."""
 
-    async def main() -> list[float]:
-        gaps: list[float] = []
+    async def stream() -> None:
+        async for _ in await llm.astream_chat(HELLO):
+            pass
 
-        async def tick() -> None:
-            while True:
-                began = time.perf_counter()
-                await asyncio.sleep(0.001)
-                gaps.append(time.perf_counter() - began)
-
-        async def stream() -> None:
-            async for _ in await llm.astream_chat(HELLO):
-                pass
-
-        mem.model.lock.acquire()
-        ticking = asyncio.create_task(tick())
-        waiting = [asyncio.create_task(llm.achat(HELLO)), asyncio.create_task(stream())]
-        await asyncio.sleep(0.5)
-        held = list(gaps)
-        mem.model.lock.release()
-        await asyncio.gather(*waiting)
-        ticking.cancel()
-        return held
-
-    gaps = asyncio.run(main())
+    gaps = gaps_while_busy(model, [lambda: llm.achat(HELLO), stream])
     assert len(gaps) > 50
     assert sorted(gaps)[len(gaps) * 9 // 10] < 0.05
 
@@ -166,6 +147,9 @@ def test_functions_are_called_and_structures_filled_even_by_random_weights(mem: 
     assert isinstance(call.tool_kwargs["days"], int)
     with pytest.raises(ValueError, match="called no tool"):
         llm.get_tool_calls_from_response(llm.chat(HELLO))
+    cut = llm.chat_with_tools([tool], user_msg="Plan", tool_required=True, max_tokens=4)
+    with pytest.raises(ValueError, match="give more max_tokens"):
+        llm.get_tool_calls_from_response(cut)
     assert isinstance(llm.structured_predict(Trip, PromptTemplate("Plan a trip.")), Trip)
     assert isinstance(get_program_for_llm(Trip, PromptTemplate("Plan."), llm)(), Trip)
 
