@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kvmem.document import Document
     from kvmem.engine import KVMem
     from kvmem.errors import (
+        AnswerTimeoutError,
         ClosedError,
         EmptyInputError,
         InputError,
@@ -19,9 +20,13 @@ if TYPE_CHECKING:
         PromptTooLongError,
         StoreError,
         UnknownDocumentError,
+        UnknownMemoryError,
+        UnknownThreadError,
     )
+    from kvmem.memory import Memory, MemoryItem, Recalled
     from kvmem.model import LanguageModel
     from kvmem.plan import Plan
+    from kvmem.retrieve import BM25Retriever, HybridRetriever, Retriever
     from kvmem.settings import BlendSettings, ModelSettings, Settings, SplitSettings, StoreSettings
     from kvmem.stats import DocumentStats, Stats
     from kvmem.stream import AnswerStream
@@ -34,6 +39,7 @@ _HOME = {
     "kvmem.document": ("Document",),
     "kvmem.engine": ("KVMem",),
     "kvmem.errors": (
+        "AnswerTimeoutError",
         "ClosedError",
         "EmptyInputError",
         "InputError",
@@ -43,9 +49,13 @@ _HOME = {
         "PromptTooLongError",
         "StoreError",
         "UnknownDocumentError",
+        "UnknownMemoryError",
+        "UnknownThreadError",
     ),
+    "kvmem.memory": ("Memory", "MemoryItem", "Recalled"),
     "kvmem.model": ("LanguageModel",),
     "kvmem.plan": ("Plan",),
+    "kvmem.retrieve": ("BM25Retriever", "HybridRetriever", "Retriever"),
     "kvmem.settings": ("BlendSettings", "ModelSettings", "Settings", "SplitSettings", "StoreSettings"),
     "kvmem.stats": ("DocumentStats", "Stats"),
     "kvmem.stream": ("AnswerStream",),
@@ -57,21 +67,28 @@ __version__ = "0.1.0"
 __all__ = [
     "Answer",
     "AnswerStream",
+    "AnswerTimeoutError",
+    "BM25Retriever",
     "BlendSettings",
     "ClosedError",
     "Document",
     "DocumentStats",
     "EmptyInputError",
+    "HybridRetriever",
     "InputError",
     "KVMem",
     "KVMemError",
     "LanguageModel",
+    "Memory",
+    "MemoryItem",
     "ModelError",
     "ModelNotFoundError",
     "ModelSettings",
     "Plan",
     "Prefill",
     "PromptTooLongError",
+    "Recalled",
+    "Retriever",
     "Settings",
     "Source",
     "SplitSettings",
@@ -81,6 +98,8 @@ __all__ = [
     "Timings",
     "ToolCall",
     "UnknownDocumentError",
+    "UnknownMemoryError",
+    "UnknownThreadError",
     "Usage",
 ]
 

@@ -72,6 +72,37 @@ def plan_repair(model: LanguageModel, stitched: Stitched, query: Sequence[int], 
     return Repair(token_ids, step, correction, selected, end, observer.token_layers)
 
 
+def plan_shared_repair(
+    model: LanguageModel, stitched: Stitched, queries: Sequence[Sequence[int]], settings: BlendSettings
+) -> Repair:
+    """Choose what to recompute of `stitched` for several queries at once, by what they attend to on average; the
+    queries are not read. For a model that can be blended."""
+    start = stitched.cache.length
+    stitched.cache.reserve(start + max(map(len, queries)))
+    observers = [
+        _Observer(
+            model,
+            stitched,
+            torch.tensor(query, dtype=torch.long),
+            torch.arange(start, start + len(query), device=model.device),
+        )
+        for query in queries
+    ]
+
+    def attention() -> Tensor:
+        return torch.stack([observer.attention()[:start] for observer in observers]).mean(dim=0)
+
+    candidates = Candidates(stitched.segments, attention, observers[0].deviation, model.device)
+    selected = select(candidates, settings)
+    correction = None
+    if settings.corrects and selected.numel():
+        correction = LocalCorrection(selected, stitched.segments, settings, model.dtype)
+    chunk_ids = torch.tensor(stitched.token_ids, dtype=torch.long)
+    step = model.step(selected) if selected.numel() else None
+    work = sum(observer.token_layers for observer in observers)
+    return Repair(chunk_ids[selected.cpu()], step, correction, selected, start, work)
+
+
 class _Deviation:
     """Stands in for a correction: measures how far layer 1 is from exact, and ends the forward there."""
 
@@ -133,14 +164,18 @@ def _middle_third(layers: Sequence[int]) -> Sequence[int]:
     return layers[len(layers) // 3 : -(-2 * len(layers) // 3)]
 
 
-def count_usage(model: LanguageModel, stitched: Stitched, repair: Repair, generated: int) -> Usage:
-    """Tokens by what was done for them; `generated` is a number of tokens."""
+def count_usage(
+    model: LanguageModel, stitched: Stitched, repair: Repair, generated: int, query: int | None = None
+) -> Usage:
+    """Tokens by what was done for them; `generated` is a number of tokens, and so is `query`, if it was not read by the
+    repair."""
     recomputed = set(repair.recomputed.tolist())
-    query = len(repair.token_ids) - len(recomputed)
+    own = 0 if query is None else query
+    query = len(repair.token_ids) - len(recomputed) if query is None else query
     counts = {"exact": 0, "computed": query, "reused": 0}
     for item in stitched.placed:
         counts[item.origin] += sum(1 for p in range(item.start, item.end) if p not in recomputed)
-    read = stitched.forwarded + len(repair.token_ids)
+    read = stitched.forwarded + len(repair.token_ids) + own
     return Usage(
         exact=counts["exact"] + stitched.known,
         reused=counts["reused"],

@@ -14,7 +14,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kvmem import Answer, KVMem, KVMemError, LanguageModel, ModelSettings, StoreError
+from kvmem import Answer, Document, KVMem, KVMemError, LanguageModel, ModelSettings, StoreError
+from kvmem.document import as_document
+from kvmem.files import SUFFIXES
 
 app = typer.Typer(help="Ask questions over documents that the model has read once.", no_args_is_help=True)
 bench = typer.Typer(help="Benchmarks; each writes JSON and prints a table.", no_args_is_help=True)
@@ -55,7 +57,7 @@ def _opened(model: str, store: Path, threads: int | None, namespace: str) -> Ite
 
 @app.command()
 def add(
-    paths: Annotated[list[Path], typer.Argument(help="Text files, or directories of .txt and .md files.")],
+    paths: Annotated[list[Path], typer.Argument(help="Text, Markdown, HTML or PDF files, or directories of them.")],
     model: Model = "smollm2",
     store: StorePath = DEFAULT_STORE,
     threads: Threads = None,
@@ -67,16 +69,21 @@ def add(
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=err) as progress:
             task = progress.add_task("Reading", total=len(files))
+            documents = {}
             for file in files:
-                progress.update(task, description=f"Reading {escape(file.name)}")
-                document = mem.add(file, id=file.as_posix())
+                document = as_document(file)
+                documents[document.id] = document
+
+            def show(document: Document, number: int, total: int) -> None:
+                progress.update(task, completed=number, description=f"Reading {escape(document.id)}")
                 out.print(f"{document.id}  {len(document.chunks)} chunks", highlight=False, markup=False)
-                progress.advance(task)
+
+            mem.add_all(documents.values(), show)
 
 
 def _expand(path: Path) -> list[Path]:
     if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
+        return sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     return [path]
 
 
@@ -210,6 +217,54 @@ def check(
     raise typer.Exit(0 if report.blendable else 1)
 
 
+@app.command()
+def advise(
+    corpus_tokens: Annotated[int, typer.Option(min=1, help="Tokens of all your documents.")],
+    queries: Annotated[float, typer.Option(min=0, help="Questions per day.")],
+    updates: Annotated[float, typer.Option(min=0, help="Changes of documents per day.")] = 0.0,
+    update_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read anew at a change.")] = 600,
+    rag_tokens: Annotated[int, typer.Option(min=1, help="Tokens that RAG would retrieve for a question.")] = 2000,
+    model: Model = "smollm2",
+    store: StorePath = DEFAULT_STORE,
+    threads: Threads = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Whether cached context or RAG is less work here: measured on this machine, with your numbers."""
+    import json
+    from dataclasses import asdict
+
+    with _errors():
+        from kvmem import advise as advisor
+        from kvmem.store import DiskStore
+
+        with err.status("Measuring …"):
+            loaded = LanguageModel.load(model, ModelSettings(threads=threads))
+            opened = DiskStore(store)
+            measured = advisor.measure(loaded, opened)
+            opened.close()
+        wanted = advisor.Wanted(corpus_tokens, queries, updates, update_tokens, rag_tokens)
+        advice = advisor.advise(measured, wanted)
+    if json_output:
+        out.print_json(json.dumps({"measured": asdict(measured), "wanted": asdict(wanted), **asdict(advice)}))
+        return
+    table = Table(
+        "", "first token", "once", "per day", "disk", title=f"{corpus_tokens} tokens, {queries:g} queries a day"
+    )
+    for way in advice.ways:
+        disk = f"{way.disk / 1e9:.2f} GB"
+        table.add_row(way.name, f"{way.first_token:.2f} s", f"{way.once:.0f} s", f"{way.per_day:.0f} s", disk)
+    out.print(table)
+    rate = 1 / measured.linear if measured.linear else float("inf")
+    out.print(
+        f"Measured: {rate:.0f} tokens/s read, {measured.load_bandwidth / 1e6:.0f} MB/s loaded, "
+        f"{measured.bytes_per_token} bytes of KV per token.",
+        style="dim",
+        highlight=False,
+        soft_wrap=True,
+    )
+    out.print(f"{advice.reason}.", highlight=False, soft_wrap=True)
+
+
 @bench.command()
 def fidelity(
     data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
@@ -271,6 +326,48 @@ def task(
         loaded = LanguageModel.load(model, ModelSettings(threads=threads))
         result = benchmark.run(loaded, cases, seed=seed)
         write_json(output / f"task-{Path(model).stem}.json", result)
+        out.print(benchmark.table(result))
+
+
+@bench.command("batch")
+def bench_batch(
+    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
+    model: Model = "smollm2",
+    size: Annotated[int, typer.Option(min=1, help="Prompt tokens, about.")] = 4000,
+    batch: Annotated[int, typer.Option(min=2, help="Questions.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    threads: Threads = None,
+    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
+) -> None:
+    """Questions decoded together against questions asked one after the other."""
+    with _errors():
+        from kvmem.bench import batch as benchmark
+        from kvmem.bench.common import load_questions, write_json
+
+        loaded = LanguageModel.load(model, ModelSettings(threads=threads))
+        result = benchmark.run(loaded, load_questions(data), size=size, batch=batch, repeats=repeats)
+        write_json(output / f"batch-{Path(model).stem}.json", result)
+        out.print(benchmark.table(result))
+
+
+@bench.command()
+def frameworks(
+    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
+    model: Model = "smollm2",
+    examples: Annotated[int, typer.Option(min=1)] = 8,
+    k: Annotated[int, typer.Option(min=1, help="Passages retrieved for a question.")] = 8,
+    passes: Annotated[int, typer.Option(min=1)] = 2,
+    threads: Threads = None,
+    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
+) -> None:
+    """RAG in LangChain and LlamaIndex: their own Hugging Face models against ours, over the same weights."""
+    with _errors():
+        from kvmem.bench import frameworks as benchmark
+        from kvmem.bench.common import load_questions, write_json
+
+        loaded = LanguageModel.load(model, ModelSettings(threads=threads))
+        result = benchmark.run(loaded, load_questions(data)[:examples], k=k, passes=passes)
+        write_json(output / f"frameworks-{Path(model).stem}.json", result)
         out.print(benchmark.table(result))
 
 

@@ -102,6 +102,34 @@ class Composer:
         for info in self.known(span):
             self._store.delete(info.key)
 
+    def arrange(self, before: Sequence[Span], groups: Sequence[Sequence[Span]]) -> list[int]:
+        """An order of `groups` behind `before` of which more is exact: one after the other, that with the most exact
+        tokens there; as given where nothing is."""
+        context = Context()
+        for span in before:
+            context.extend(span.token_ids, span.digest)
+        ordered: list[int] = []
+        rest = list(range(len(groups)))
+        while rest:
+            found = {number: self._exact_behind(context, groups[number]) for number in rest}
+            best = max(rest, key=lambda number: found[number].length)
+            if found[best].length == context.length:
+                break
+            ordered.append(best)
+            rest.remove(best)
+            whole = found[best].length == context.length + sum(map(len, groups[best]))
+            context = found[best]
+            if not whole:
+                break
+        return ordered + rest
+
+    def _exact_behind(self, context: Context, spans: Sequence[Span]) -> Context:
+        """`context` and those of `spans` behind it that are there exactly."""
+        context = context.copy()
+        for span in takewhile(lambda span: self._store.contains(self.key(context, span)), spans):
+            context.extend(span.token_ids, span.digest)
+        return context
+
     def compose(
         self,
         spans: Sequence[Span],

@@ -21,6 +21,8 @@ _SAMPLE = "The night ferry leaves Port Ellery at ten past nine and reaches Saint
 _LARGEST_INTEGER = 2**53
 # How many elements a list of no given length may well get.
 _LIKELY_ITEMS = 4
+# What ends something outside of strings, outermost first.
+_CLOSING = ("}", "]", '"')
 # What holds data of the user's, and what joins a schema with others.
 _DATA = {"const", "enum", "default", "examples"}
 _COMBINING = {"allOf", "anyOf", "oneOf", "$ref"}
@@ -106,7 +108,12 @@ class JsonConstraint(LogitsProcessor):
             raise InputError(f"The schema is not one: {error}. Give a JSON schema.") from error
         self._matcher = LLMatcher(model.grammar_tokenizer, grammar)
         self._check()
-        self._read = -1
+        self._start = self._read = -1
+        # From here on the answer is brought to its end, which takes no more than every name once, and marks around it.
+        self._hurry = max_tokens - model.count_tokens(names) - 4 * names.count(":") - 8
+        vocabulary = model.tokenizer.get_vocab()
+        self._marks = [vocabulary[mark] for mark in _CLOSING if mark in vocabulary]
+        self._quote, self._letter = vocabulary.get('"'), vocabulary.get("z")
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -114,7 +121,7 @@ class JsonConstraint(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._read < 0:
-            self._read = input_ids.shape[1]
+            self._start = self._read = input_ids.shape[1]
         new = input_ids[0, self._read :].tolist()
         self._read += len(new)
         if new and not self._matcher.is_stopped():
@@ -124,4 +131,19 @@ class JsonConstraint(LogitsProcessor):
         allowed = torch.zeros(scores.shape[-1], dtype=torch.bool)
         count = min(len(bits), len(allowed))
         allowed[:count] = torch.from_numpy(bits[:count].astype(bool))
+        if self._read - self._start >= self._hurry:
+            allowed = self._closing(allowed)
         return scores.masked_fill(~allowed.to(scores.device), float("-inf"))
+
+    def _closing(self, allowed: Tensor) -> Tensor:
+        """Of the tokens allowed, the one that closes what is open; all of them where there is none."""
+        if self._letter is not None and allowed[self._letter]:  # inside a string
+            marks = [self._quote] if self._quote is not None else []
+        else:
+            marks = self._marks
+        for mark in marks:
+            if allowed[mark]:
+                only = torch.zeros_like(allowed)
+                only[mark] = True
+                return only
+        return allowed

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from kvmem.document import Chunk, Document, split
-from kvmem.entry import digest_tokens
+from kvmem.document import Chunk, Document
 from kvmem.errors import UnknownDocumentError
 from kvmem.model import LanguageModel
 from kvmem.prompt import Span, Typesetter
 from kvmem.settings import SplitSettings
+from kvmem.split import headings, split
 from kvmem.store.base import Store
+
+_KEPT_SPANS = 8192
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A stored document: its text in the store, and what that says."""
+
+    raw: str
+    order: int
+    document: Document
+    chunks: tuple[Chunk, ...]
 
 
 class Corpus:
@@ -25,16 +38,32 @@ class Corpus:
         self._rows = store.documents
         self._model, self._namespace, self._settings = model, namespace, settings
         self._typesetter = typesetter
-        self._spans: dict[str, Span] = {}
+        self._spans: OrderedDict[tuple[str, str, str], Span] = OrderedDict()
+        self._parsed: dict[str, _Row] = {}
         self._lock = threading.Lock()
 
     def _name(self, document_id: str) -> str:
         return json.dumps([self._namespace, document_id])
 
+    def split(self, document: Document) -> Document:
+        """`document` with chunks, unless it has some."""
+        chunks = document.chunks or split(document.text, self._model.count_tokens, self._settings)
+        return replace(document, chunks=chunks)
+
+    def chunks_of(self, document: Document) -> tuple[Chunk, ...]:
+        """The chunks of a document that was split, with their headings if the settings ask for them."""
+        title = document.metadata.get("title")
+        above = (
+            headings(document.chunks, title if isinstance(title, str) else None)
+            if self._settings.headings
+            else [""] * len(document.chunks)
+        )
+        pairs = enumerate(zip(document.chunks, above, strict=True))
+        return tuple(Chunk(text, document.id, index, document.metadata, line) for index, (text, line) in pairs)
+
     def put(self, document: Document) -> Document:
         """Keep `document`, split into chunks unless it has some; one of the same id keeps its place."""
-        chunks = document.chunks or split(document.text, self._model.count_tokens, self._settings)
-        document = replace(document, chunks=chunks)
+        document = self.split(document)
         with self._lock:
             old = self._rows.get(self._name(document.id))
             order = json.loads(old)["order"] if old is not None else self._next_order()
@@ -42,14 +71,14 @@ class Corpus:
                 {
                     "id": document.id,
                     "metadata": dict(document.metadata),
-                    "chunks": list(chunks),
+                    "chunks": list(document.chunks),
                     "order": order,
                 }
             )
         return document
 
     def _next_order(self) -> int:
-        return 1 + max((order for order, _ in self._ordered()), default=-1)
+        return 1 + max((row.order for row in self._ordered()), default=-1)
 
     def get(self, document_id: str) -> Document:
         """Raises UnknownDocumentError."""
@@ -72,33 +101,51 @@ class Corpus:
             del self._rows[self._name(document_id)]
         return document
 
-    def _ordered(self) -> list[tuple[int, Document]]:
-        rows = (self._rows.get(name) for name in self._rows if json.loads(name)[0] == self._namespace)
-        documents = [(int(json.loads(row)["order"]), _document(row)) for row in rows if row is not None]
-        return sorted(documents, key=lambda pair: pair[0])
+    def _ordered(self) -> list[_Row]:
+        """The rows of this namespace; those that are as they were are not parsed again."""
+        mine = self._name("")[: -len('""]')]
+        parsed = {}
+        for name, raw in self._rows.items():
+            if name.startswith(mine):
+                known = self._parsed.get(name)
+                parsed[name] = known if known is not None and known.raw == raw else self._parse(raw)
+        self._parsed = parsed
+        return sorted(parsed.values(), key=lambda row: row.order)
+
+    def _parse(self, raw: str) -> _Row:
+        document = _document(raw)
+        return _Row(raw, int(json.loads(raw)["order"]), document, self.chunks_of(document))
 
     def __iter__(self) -> Iterator[Document]:
-        return (document for _, document in self._ordered())
+        return (row.document for row in self._ordered())
 
     def chunks(self) -> list[Chunk]:
         """Every chunk of every document, in order."""
-        return [chunk for document in self for chunk in chunks_of(document)]
+        return [chunk for row in self._ordered() for chunk in row.chunks]
 
     def span(self, chunk: Chunk) -> Span:
-        """The chunk as tokens; kept, since tokenising is slower than looking up."""
-        key = digest_tokens(chunk.text.encode()) + chunk.document_id
+        """The chunk as tokens; those used last are kept, since tokenising is slower than looking up."""
+        key = (chunk.document_id, chunk.heading, chunk.text)
         with self._lock:
-            if key not in self._spans:
-                self._spans[key] = self._typesetter.chunk(chunk.text, chunk.document_id)
-            return self._spans[key]
+            if key in self._spans:
+                self._spans.move_to_end(key)
+                return self._spans[key]
+        span = self._typesetter.chunk(chunk.heading + chunk.text, chunk.document_id)
+        with self._lock:
+            self._spans[key] = span
+            if len(self._spans) > _KEPT_SPANS:
+                self._spans.popitem(last=False)
+        return span
+
+    def release(self) -> None:
+        """Forget what is kept in memory."""
+        with self._lock:
+            self._spans.clear()
+        self._parsed = {}
 
     def in_use(self) -> set[str]:
         """Digests of the spans of every chunk there is."""
         return {self.span(chunk).digest for chunk in self.chunks()}
-
-
-def chunks_of(document: Document) -> list[Chunk]:
-    return [Chunk(text, document.id, index, document.metadata) for index, text in enumerate(document.chunks)]
 
 
 def _document(row: str) -> Document:

@@ -6,10 +6,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -18,25 +19,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvmem.answer import Answer, Prefill, Source
 from kvmem.compose import Composer
-from kvmem.corpus import Corpus, chunks_of
+from kvmem.corpus import Corpus
 from kvmem.document import Document, Metadata, as_document
-from kvmem.errors import ClosedError, InputError, PromptTooLongError
+from kvmem.errors import ClosedError, InputError
 from kvmem.generate import Sampling
+from kvmem.library import Library
 from kvmem.model import LanguageModel
+from kvmem.plan import Plan
 from kvmem.prompt import DEFAULT_SYSTEM, Message, Span, Typesetter
-from kvmem.request import Context, Request, RequestBuilder, check_messages
+from kvmem.request import Context, Request, RequestBuilder, check_context, check_messages, prefix_of
 from kvmem.retrieve import BM25Retriever, Retriever
 from kvmem.runner import Runner
 from kvmem.settings import BlendSettings, ModelSettings, Settings
-from kvmem.stats import DocumentStats, Stats
+from kvmem.stats import Stats
 from kvmem.store.base import Store
+from kvmem.store.forget import forget_namespace
 from kvmem.store.open import open_store
 from kvmem.stream import AnswerStream, Listener
+from kvmem.thread import Threads
 from kvmem.tools import Tool, Toolbox
 
 T = TypeVar("T")
 logger = logging.getLogger("kvmem")
-Spans = list[Span]  # inside KVMem, `list` is its method
+Numbers = list[int]  # inside KVMem, `list` is its method
 
 
 class KVMem:
@@ -75,11 +80,17 @@ class KVMem:
             logger.warning("kvmem: %s reuses exact prefixes only, since %s", self.model.name, reason)
         typesetter = Typesetter(self.model)
         self._corpus = Corpus(self.store, self.model, typesetter, namespace, self.settings.split)
-        self._requests = RequestBuilder(self.model, self._corpus, typesetter, self.retriever, self.settings)
-        neutral = self._requests.prefix(DEFAULT_SYSTEM)
+        neutral = prefix_of(typesetter, DEFAULT_SYSTEM)
         preamble = Span(tuple(token for span in neutral for token in span.token_ids))
         self._composer = Composer(self.model, self.store, namespace, preamble)
+        self._requests = RequestBuilder(
+            self.model, self._corpus, typesetter, self.retriever, self._composer, self.settings
+        )
         self._runner = Runner(self.model, self.store, self._composer)
+        self._library = Library(
+            self.model.window, self.store, self._corpus, self._composer, self._runner, self._requests, self.settings
+        )
+        self._threads = Threads(self.store.documents, namespace)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kvmem")
         self._streams: WeakSet[AnswerStream] = WeakSet()
         self._closed = False
@@ -102,26 +113,40 @@ class KVMem:
     def add(self, document: Any, id: str | None = None, metadata: Metadata | None = None) -> Document:  # noqa: A002
         """Read a document and keep it; one of the same id is replaced, and only what changed is read.
 
-        document: a text, a `pathlib.Path`, a `Document`, or a document of LangChain or LlamaIndex.
+        document: a text, a `pathlib.Path` (text, Markdown, HTML, PDF), a `Document`, or a document of LangChain or
+            LlamaIndex.
         Raises InputError, EmptyInputError; the corpus is unchanged then.
         """
-        new = as_document(document, id, metadata)
-        return self._run(lambda: self._add(new))
+        new = self._library.check(as_document(document, id, metadata))
+        return self._run(lambda: self._library.add(new))
 
-    def _add(self, new: Document) -> Document:
-        old = self._corpus.find(new.id)
-        added = self._corpus.put(new)
-        try:
-            self._read(added, anew=old is None)
-        except BaseException:
-            if old is None:
-                self._corpus.remove(added.id)
-            else:
-                self._corpus.put(old)
-            raise
-        if old is not None:
-            self._forget(old)
+    def add_all(
+        self, documents: Iterable[Any], progress: Callable[[Document, int, int], None] | None = None
+    ) -> Sequence[Document]:
+        """Add many documents, as `add` takes them. They are looked at before any is added.
+
+        progress: called with each document when it is there, its number from 1, and how many there are. What was added
+        before an interruption stays, and costs nothing when all are given again.
+        Raises InputError, EmptyInputError, also for two different documents of one id.
+        """
+        if isinstance(documents, (str, bytes, os.PathLike, Document)) or not isinstance(documents, Iterable):
+            raise InputError(f"documents is one {type(documents).__name__}. Give a list, or use add().")
+        found: dict[str, Document] = {}
+        for item in documents:
+            new = self._library.check(as_document(item))
+            if found.setdefault(new.id, new) != new:
+                raise InputError(f"Two different documents have the id {new.id!r}. Give each its own.")
+        added = []
+        for number, new in enumerate(found.values(), 1):
+            added.append(self._run(partial(self._library.add, new)))
+            if progress is not None:
+                progress(added[-1], number, len(found))
         return added
+
+    def update(self, id: str, document: Any, metadata: Metadata | None = None) -> Document:  # noqa: A002
+        """Replace a document that is there; only what changed is read. Raises UnknownDocumentError, InputError."""
+        new = self._library.check(as_document(document, id, metadata))
+        return self._run(lambda: self._library.update(new))
 
     def get(self, id: str) -> Document:  # noqa: A002
         """The document. Raises UnknownDocumentError."""
@@ -135,58 +160,60 @@ class KVMem:
 
     def remove(self, id: str) -> None:  # noqa: A002
         """Remove a document and every cache of text that no other document has. Raises UnknownDocumentError."""
-        self._run(lambda: self._forget(self._corpus.remove(id)))
+        self._run(lambda: self._library.remove(id))
 
     def clear(self) -> None:
         """Remove every document and every cache of this namespace."""
-        self._run(self._clear)
-
-    def _clear(self) -> None:
-        for document in tuple(self._corpus):
-            self._corpus.remove(document.id)
-        self._runner.release()
-        self.store.clear(self.settings.namespace)
+        self._run(self._library.clear)
 
     def stats(self) -> Stats:
         """Counts of the corpus and of the store."""
         self._check_open()
-        rows = tuple(self._document_stats(document) for document in self._corpus)
-        chunks, tokens = sum(row.chunks for row in rows), sum(row.tokens for row in rows)
-        return Stats(len(rows), chunks, tokens, self.store.stats(self.settings.namespace), rows)
+        return self._library.stats()
 
-    def _document_stats(self, document: Document) -> DocumentStats:
-        spans = [self._corpus.span(chunk) for chunk in chunks_of(document)]
-        infos = [info for span in {span.digest: span for span in spans}.values() for info in self._composer.known(span)]
-        size = sum(info.nbytes for info in infos)
-        return DocumentStats(document.id, len(spans), sum(map(len, spans)), len(infos), size)
+    def read(self, context: Iterable[Any]) -> None:
+        """Read texts or documents, as `ask` takes them for context, without adding them to the corpus: a later prompt
+        finds them read. Raises InputError, EmptyInputError, PromptTooLongError."""
+        documents = [as_document(item) for item in check_context(context)]
+        self._run(lambda: self._library.read(documents))
 
-    def _read(self, document: Document, anew: bool) -> None:
-        """Bring the document's chunks into the store: in place behind the corpus while that fits the window."""
-        prefix = self._requests.prefix(None)
-        corpus = [self._corpus.span(chunk) for chunk in self._corpus.chunks()]
-        before = sum(map(len, prefix))
-        if before + sum(map(len, corpus)) + self.settings.max_tokens <= self.model.window:
-            self._runner.read([*prefix, *corpus], in_place=document.id if anew else None)
-            return
-        run: Spans = []
-        for span in (self._corpus.span(chunk) for chunk in chunks_of(document)):
-            if before + len(span) > self.model.window:
-                raise PromptTooLongError(
-                    f"A chunk of {len(span)} tokens does not fit the model's window of {self.model.window}. "
-                    "Give smaller chunks, or let kvmem split the text."
-                )
-            if run and before + sum(map(len, run)) + len(span) > self.model.window:
-                self._runner.read([*prefix, *run])
-                run = []
-            run.append(span)
-        self._runner.read([*prefix, *run])
+    def forget_text(self, text: Any) -> None:
+        """Remove the caches of a text or document that is not of the corpus, as `read` left them."""
+        document = as_document(text)
+        self._run(lambda: self._library.forget_text(document))
 
-    def _forget(self, document: Document) -> None:
-        used = self._corpus.in_use()
-        for chunk in chunks_of(document):
-            span = self._corpus.span(chunk)
-            if span.digest not in used:
-                self._composer.forget(span)
+    def forget_user(self, namespace: str | None = None) -> int:
+        """Remove every byte of a namespace from the store: documents, memories, conversations and caches; how many
+        caches. None is this engine's own. What else is kept stays. Raises StoreError."""
+        name = self.settings.namespace if namespace is None else namespace
+
+        def work() -> int:
+            self._runner.release()
+            self._corpus.release()
+            return forget_namespace(self.store, name)
+
+        return self._run(work)
+
+    # Conversations
+
+    def threads(self) -> Sequence[str]:
+        """The names of the conversations that `chat` was told to keep."""
+        self._check_open()
+        return self._threads.names()
+
+    def history(self, thread: str) -> Sequence[dict[str, Any]]:
+        """The messages of a conversation, the last answer included. Raises UnknownThreadError."""
+        self._check_open()
+        return self._threads.messages(thread)
+
+    def forget_thread(self, thread: str) -> None:
+        """Remove a conversation and what is kept of it. Raises UnknownThreadError."""
+
+        def work() -> None:
+            self._runner.release()
+            self._library.forget_branches(self._threads.remove(thread))
+
+        self._run(work)
 
     # Questions
 
@@ -202,14 +229,15 @@ class KVMem:
         top_p: float | None = None,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
+        timeout: float | None = None,
         **generate_kwargs: Any,
     ) -> Answer:
         """Answer a question from the corpus, or from `context` when it is given.
 
         context: texts or documents, as in `add`; their caches are stored, they are not added to the corpus.
         system: another system prompt. blend: how stitched caches are repaired, see `BlendSettings`.
-        generate_kwargs: handed to transformers' `generate`.
-        Raises EmptyInputError, InputError, PromptTooLongError.
+        timeout: seconds from the call to the end of the answer. generate_kwargs: handed to transformers' `generate`.
+        Raises EmptyInputError, InputError, PromptTooLongError, AnswerTimeoutError.
         """
         stream = self.stream(
             question,
@@ -221,6 +249,7 @@ class KVMem:
             top_p=top_p,
             stop=stop,
             seed=seed,
+            timeout=timeout,
             **generate_kwargs,
         )
         return stream.answer
@@ -237,6 +266,7 @@ class KVMem:
         top_p: float | None = None,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
+        timeout: float | None = None,
         **generate_kwargs: Any,
     ) -> AnswerStream:
         """Like `ask`, as an iterator of text pieces; its `.answer` is the whole answer."""
@@ -247,13 +277,53 @@ class KVMem:
             lambda: self._requests.for_question(started, question, context, system, sampling.max_tokens),
             blend,
             sampling,
+            timeout=timeout,
         )
+
+    def batch(
+        self,
+        questions: Sequence[str],
+        *,
+        context: Context = None,
+        system: str | None = None,
+        blend: BlendSettings | str | Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Sequence[Answer]:
+        """Answer several questions; those over the same documents are decoded together, behind one cache.
+
+        What is repaired is chosen for the questions of such a group together. Answers are in the order of the
+        questions; sampled ones differ from those that `ask` would give. options: as in `ask`.
+        Raises what `ask` raises, before any answer is begun.
+        """
+        if isinstance(questions, str) or not isinstance(questions, Iterable):
+            raise InputError(f"questions is one {type(questions).__name__}. Give a list of questions.")
+        asked, kept = tuple(questions), None if context is None else tuple(context)
+        started = time.perf_counter()
+        names = ("max_tokens", "temperature", "top_p", "stop", "seed")
+        sampling = self._sampling({name: options.pop(name, None) for name in names}, options)
+        settings = self._blend(blend)
+
+        def work() -> Sequence[Answer]:
+            requests = [
+                self._requests.for_question(started, question, kept, system, sampling.max_tokens) for question in asked
+            ]
+            groups: dict[tuple[Span, ...], Numbers] = {}
+            for number, request in enumerate(requests):
+                groups.setdefault(request.prompt.spans, []).append(number)
+            answers: dict[int, Answer] = {}
+            for members in groups.values():
+                chosen = [requests[number] for number in members]
+                answers.update(zip(members, self._runner.answer_all(chosen, settings, sampling), strict=True))
+            return [answers[number] for number in range(len(requests))]
+
+        return self._run(work)
 
     def chat(
         self,
         messages: Sequence[Message],
         *,
         context: Context = None,
+        thread: str | None = None,
         tools: Sequence[Tool] | None = None,
         tool_choice: str = "auto",
         **options: Any,
@@ -262,6 +332,8 @@ class KVMem:
 
         Long texts in messages are cut and cached, so that what was seen before is not read again, wherever it stands.
         context: texts or documents, as in `ask`, put at the end of the system message; without it, no documents.
+        thread: a name under which the conversation is kept, across restarts too: see `history`. Its next turn, or
+            another branch of it (a retry, an edited message), then reads nothing that was read or said before.
         tools: functions the model may call, by JSON schema as in OpenAI's API; calls are in `answer.tool_calls`.
         tool_choice: "auto", "none", "any" or a function's name; a forced call follows its schema token by token, and
             so does every answer of a model whose template does not know tools.
@@ -269,16 +341,21 @@ class KVMem:
         When the window is full, the oldest turns are left out, and `plan` says so.
         Raises EmptyInputError, InputError, PromptTooLongError.
         """
-        return self.stream_chat(messages, context=context, tools=tools, tool_choice=tool_choice, **options).answer
+        stream = self.stream_chat(
+            messages, context=context, thread=thread, tools=tools, tool_choice=tool_choice, **options
+        )
+        return stream.answer
 
     def stream_chat(
         self,
         messages: Sequence[Message],
         *,
         context: Context = None,
+        thread: str | None = None,
         tools: Sequence[Tool] | None = None,
         tool_choice: str = "auto",
         blend: BlendSettings | str | Mapping[str, Any] | None = None,
+        timeout: float | None = None,
         **options: Any,
     ) -> AnswerStream:
         """Like `chat`, as an iterator of text pieces (calls of tools included, as the model writes them); its
@@ -296,10 +373,13 @@ class KVMem:
         named = {name: options.pop(name, None) for name in names}
         sampling = self._sampling(named, options)
 
-        def build() -> Request:
-            return self._requests.for_messages(started, messages, context, sampling.max_tokens, for_template)
+        given = check_messages(messages)
 
-        return self._start(build, blend, sampling, toolbox)
+        def build() -> Request:
+            return self._requests.for_messages(started, given, context, sampling.max_tokens, for_template)
+
+        conversation = None if thread is None else (thread, given)
+        return self._start(build, blend, sampling, toolbox, timeout, conversation)
 
     def _sampling(self, options: Mapping[str, Any], extra: Mapping[str, Any]) -> Sampling:
         stop, max_tokens = options["stop"], options["max_tokens"]
@@ -319,21 +399,29 @@ class KVMem:
         blend: BlendSettings | str | Mapping[str, Any] | None,
         sampling: Sampling,
         toolbox: Toolbox | None = None,
+        timeout: float | None = None,
+        conversation: tuple[str, Sequence[Message]] | None = None,
     ) -> AnswerStream:
         self._check_open()
+        known = None if conversation is None else self._threads.branches(conversation[0], self.model.fingerprint)
+        if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
+            raise InputError(f"timeout={timeout!r} is no time. Give seconds, more than 0.")
         settings = self._blend(blend)
 
         def work(listener: Listener) -> Answer:
             with self._work():
                 request = build()
                 listener.planned(request.plan, request.sources)
-                answer = self._runner.answer(request, settings, sampling, listener)
-            if toolbox is None:
-                return answer
-            text, calls = toolbox.read(answer.text)
-            return replace(answer, text=text, tool_calls=calls)
+                answer, branch = self._runner.answer(request, settings, sampling, listener, known)
+            if toolbox is not None:
+                text, calls = toolbox.read(answer.text)
+                answer = replace(answer, text=text, tool_calls=calls)
+            if conversation is not None:
+                thread, messages = conversation
+                self._threads.keep(thread, self.model.fingerprint, branch, [*messages, _said(answer)])
+            return answer
 
-        stream = AnswerStream(self._executor, work)
+        stream = AnswerStream(self._executor, work, timeout)
         self._streams.add(stream)
         return stream
 
@@ -341,6 +429,18 @@ class KVMem:
         """The `k` most relevant chunks of the corpus, best first, as the retriever scores them; none that it finds
         irrelevant. The model is not run."""
         return self._run(lambda: self._requests.retrieve(question, k))
+
+    def plan(
+        self,
+        question: str,
+        *,
+        context: Context = None,
+        system: str | None = None,
+        max_tokens: int | None = None,
+    ) -> Plan:
+        """What `ask` would put into the prompt, and why. The model is not run. Arguments and errors as in `ask`."""
+        room = self.settings.max_tokens if max_tokens is None else max_tokens
+        return self._run(lambda: self._requests.for_question(0.0, question, context, system, room).plan)
 
     def prefill(
         self,
@@ -424,3 +524,12 @@ class KVMem:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _said(answer: Answer) -> dict[str, Any]:
+    """An answer as the message of the assistant."""
+    calls = [
+        {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": dict(c.arguments)}}
+        for c in answer.tool_calls
+    ]
+    return {"role": "assistant", "content": answer.text, **({"tool_calls": calls} if calls else {})}

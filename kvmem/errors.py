@@ -5,9 +5,12 @@
     │   ├── EmptyInputError      empty text, question or corpus
     │   └── PromptTooLongError   does not fit the model's window, even after retrieval
     ├── UnknownDocumentError     no document with that id (also a LookupError)
+    ├── UnknownMemoryError       no memory with that id (also a LookupError)
+    ├── UnknownThreadError       no conversation of that name (also a LookupError)
     ├── ModelError
     │   └── ModelNotFoundError   no such path, hub id or alias
     ├── StoreError               the store directory cannot be used
+    ├── AnswerTimeoutError       no answer within the time given (also a TimeoutError)
     └── ClosedError              the KVMem was closed
 
 Every message ends with what to do next.
@@ -34,6 +37,14 @@ class UnknownDocumentError(KVMemError, LookupError):
     """There is no document with that id in this namespace."""
 
 
+class UnknownMemoryError(KVMemError, LookupError):
+    """There is no memory with that id in this space."""
+
+
+class UnknownThreadError(KVMemError, LookupError):
+    """There is no conversation of that name in this namespace."""
+
+
 class ModelError(KVMemError):
     """The model cannot be loaded or used."""
 
@@ -44,6 +55,10 @@ class ModelNotFoundError(ModelError):
 
 class StoreError(KVMemError):
     """The store directory cannot be used."""
+
+
+class AnswerTimeoutError(KVMemError, TimeoutError):
+    """There was no answer within the time given."""
 
 
 class ClosedError(KVMemError):

@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from kvmem.answer import FinishReason
@@ -108,28 +114,44 @@ def generate(
     """
     streamer = _Streamer(model, sampling.stop, listener.text)
     prompt = torch.tensor([list(token_ids)], device=model.device)
-    options = sampling.options()
+    processors = []
     if sampling.schema is not None:
-        constraint = JsonConstraint(model, sampling.schema, sampling.max_tokens)
-        options["logits_processor"] = LogitsProcessorList([*options.get("logits_processor", ()), constraint])
-    config = GenerationConfig(**_ends(model))
+        processors.append(JsonConstraint(model, sampling.schema, sampling.max_tokens))
+    with first_forward or nullcontext():
+        call_generate(
+            model,
+            sampling,
+            processors,
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([_Stop(streamer, listener)]),
+        )
+    reason: FinishReason = "length"
+    if streamer.stopped or (streamer.token_ids and streamer.token_ids[-1] in ends(model, sampling)):
+        reason = "stop"
+    elif listener.cancelled():
+        reason = "cancelled"
+    return Generated(streamer.text, tuple(streamer.token_ids), reason, streamer.first_token)
+
+
+def call_generate(
+    model: LanguageModel, sampling: Sampling, processors: Sequence[LogitsProcessor], **arguments: Any
+) -> Tensor:
+    """transformers' `generate`, sampling as asked and as nothing else says. Returns token ids, int64 [batch, all]."""
+    options = sampling.options()
+    if processors:
+        options["logits_processor"] = LogitsProcessorList([*options.get("logits_processor", ()), *processors])
     with (
         torch.no_grad(),
         torch.random.fork_rng(enabled=sampling.seed is not None),
-        _own_defaults(model, config),
-        first_forward or nullcontext(),
+        _own_defaults(model, GenerationConfig(**_ends(model))),
     ):
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         try:
-            model.hf.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                past_key_values=cache,
-                streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([_Stop(streamer, listener)]),
-                **options,
-            )
+            found: Tensor = model.hf.generate(**arguments, **options)
         except (KVMemError, torch.OutOfMemoryError):
             raise
         except (ValueError, TypeError, RuntimeError) as error:
@@ -137,14 +159,13 @@ def generate(
                 f"transformers' generate does not take these arguments: {first_line(error)}. "
                 f"Given were {dict(sampling.extra)!r}."
             ) from error
-    reason: FinishReason = "length"
-    end = sampling.extra.get("eos_token_id", config.eos_token_id)
-    ends = end if isinstance(end, list) else [end]
-    if streamer.stopped or (streamer.token_ids and streamer.token_ids[-1] in ends):
-        reason = "stop"
-    elif listener.cancelled():
-        reason = "cancelled"
-    return Generated(streamer.text, tuple(streamer.token_ids), reason, streamer.first_token)
+    return found
+
+
+def ends(model: LanguageModel, sampling: Sampling) -> list[int]:
+    """The tokens that end an answer."""
+    end = sampling.extra.get("eos_token_id", _ends(model)["eos_token_id"])
+    return end if isinstance(end, list) else [end]
 
 
 @contextmanager
@@ -166,6 +187,12 @@ def _ends(model: LanguageModel) -> dict[str, Any]:
     if pad is None:
         pad = end[0] if isinstance(end, list) else end
     return {"eos_token_id": end, "pad_token_id": pad, "bos_token_id": base.bos_token_id}
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[bool, str]:
+    """Whether a stop string is in `text`, and the text before the first."""
+    hits = [text.find(string) for string in stop if string in text]
+    return bool(hits), text[: min(hits)] if hits else text
 
 
 class _Streamer(BaseStreamer):
@@ -197,10 +224,7 @@ class _Streamer(BaseStreamer):
 
     def _advance(self, final: bool) -> None:
         text = str(self._decode(self.token_ids, skip_special_tokens=True))
-        hits = [text.find(stop) for stop in self._stop if stop in text]
-        if hits:
-            self.stopped = True
-            text = text[: min(hits)]
+        self.stopped, text = cut_at_stop(text, self._stop)
         ready = len(text) if final or self.stopped else len(text) - self._held_back(text)
         if ready > self._sent:
             self._emit(text[self._sent : ready])

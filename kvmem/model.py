@@ -270,7 +270,7 @@ class LanguageModel:
         inputs = token_ids.to(self.device)[None]
         if step is None:
             return module(input_ids=inputs, past_key_values=cache, use_cache=True, **options)
-        with cache.stepping(step, correction), self._kvmem_attention():
+        with cache.stepping(step, correction), self.attention(ATTENTION):
             return module(
                 input_ids=inputs,
                 position_ids=step.positions[None],
@@ -306,7 +306,7 @@ class LanguageModel:
         def before(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             hooks.pop().remove()
             inside.enter_context(cache.stepping(step, correction))
-            inside.enter_context(self._kvmem_attention())
+            inside.enter_context(self.attention(ATTENTION))
             own = {"attention_mask", "position_ids", "cache_position", "inputs_embeds"}
             rest = {name: value for name, value in kwargs.items() if name not in own}
             inputs = {"input_ids": token_ids.to(self.device)[None], "position_ids": step.positions[None]}
@@ -329,11 +329,11 @@ class LanguageModel:
             inside.close()
 
     @contextmanager
-    def _kvmem_attention(self) -> Iterator[None]:
-        """The model uses our attention only inside our own forwards; a caller's calls see its own."""
+    def attention(self, name: str) -> Iterator[None]:
+        """While open, the model uses the attention registered by that name; a caller's calls see its own."""
         before = [(config, config._attn_implementation) for config in self._configs.values()]
         for config, _ in before:
-            config._attn_implementation = ATTENTION
+            config._attn_implementation = name
         try:
             yield
         finally:

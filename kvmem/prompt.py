@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-from kvmem.document import segment
 from kvmem.entry import digest_tokens
 from kvmem.errors import InputError, ModelError
 from kvmem.model import LanguageModel
+from kvmem.split import segment
 
 DEFAULT_SYSTEM = "You answer questions about the documents below. Answer briefly, using only what they say."
 Message = Mapping[str, Any]

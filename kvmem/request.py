@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvmem.answer import Source
-from kvmem.corpus import Corpus, chunks_of
-from kvmem.document import Chunk, Document, as_document, check_text, split
+from kvmem.compose import Composer
+from kvmem.corpus import Corpus
+from kvmem.document import Chunk, Document, as_document, check_text
 from kvmem.errors import EmptyInputError, InputError
 from kvmem.model import LanguageModel
 from kvmem.plan import Plan, make_plan
@@ -35,14 +36,20 @@ class RequestBuilder:
     """Builds requests over one corpus."""
 
     def __init__(
-        self, model: LanguageModel, corpus: Corpus, typesetter: Typesetter, retriever: Retriever, settings: Settings
+        self,
+        model: LanguageModel,
+        corpus: Corpus,
+        typesetter: Typesetter,
+        retriever: Retriever,
+        composer: Composer,
+        settings: Settings,
     ) -> None:
         self._model, self._corpus, self._retriever, self._settings = model, corpus, retriever, settings
-        self._typesetter = typesetter
+        self._typesetter, self._composer = typesetter, composer
 
     def prefix(self, system: str | None) -> tuple[Span, ...]:
         """What stands before the documents; None is the system prompt of the settings."""
-        return self._typesetter.lay_out(self._question("?", system)).before
+        return prefix_of(self._typesetter, self._system(system))
 
     def for_question(
         self, started: float, question: str, context: Context, system: str | None, answer_tokens: int
@@ -94,10 +101,7 @@ class RequestBuilder:
             raise EmptyInputError("The question is empty. Ask something.")
 
     def _question(self, question: str, system: str | None) -> list[Message]:
-        return [
-            {"role": "system", "content": [self._system(system) + "\n\n", CONTEXT]},
-            {"role": "user", "content": question},
-        ]
+        return _ask(question, self._system(system))
 
     def _system(self, system: str | None) -> str:
         return next(s for s in (system, self._settings.system, DEFAULT_SYSTEM) if s is not None)
@@ -136,7 +140,11 @@ class RequestBuilder:
             answer=answer_tokens,
             window=self._model.window,
             scores=score,
+            documents=[c.document_id for c in chunks] if getattr(self._retriever, "comparable", False) else None,
+            limit=self._settings.context_tokens,
         )
+        if plan.mode != "whole":
+            plan = replace(plan, chunks=self._arrange(layout, plan.chunks, spans))
         if dropped:
             reason = f"{plan.reason}; the oldest {dropped} messages did not fit and were left out"
             plan = replace(plan, reason=reason, dropped=dropped)
@@ -147,6 +155,15 @@ class RequestBuilder:
         taken = tuple(spans[i] for i in plan.chunks)
         prompt = Prompt((*layout.before, *taken, *layout.after), layout.query)
         return Request(started, prompt, plan, sources, time.perf_counter())
+
+    def _arrange(self, layout: Layout, chunks: Sequence[int], spans: Sequence[Span]) -> tuple[int, ...]:
+        """Documents in an order of which more is exact; the chunks of one stay together and in order."""
+        groups: dict[str | None, list[int]] = {}
+        for index in chunks:
+            groups.setdefault(spans[index].document, []).append(index)
+        kept = list(groups.values())
+        order = self._composer.arrange(layout.before, [[spans[i] for i in group] for group in kept])
+        return tuple(index for number in order for index in kept[number])
 
     def _trim(
         self, messages: list[Message], context: int, answer: int, tools: Sequence[Mapping[str, Any]] | None
@@ -162,14 +179,24 @@ class RequestBuilder:
 
     def context_chunks(self, context: Iterable[Any]) -> Sequence[Chunk]:
         """The chunks of texts or documents that are not in the corpus."""
-        if isinstance(context, (str, bytes, Document)) or not isinstance(context, Iterable):
-            raise InputError(f"context is one {type(context).__name__}. Give a list of texts or documents.")
-        chunks: list[Chunk] = []
-        for item in context:
-            document = as_document(item)
-            pieces = document.chunks or split(document.text, self._model.count_tokens, self._settings.split)
-            chunks += chunks_of(Document(document.id, document.text, document.metadata, pieces))
-        return chunks
+        documents = (self._corpus.split(as_document(item)) for item in check_context(context))
+        return [chunk for document in documents for chunk in self._corpus.chunks_of(document)]
+
+
+def prefix_of(typesetter: Typesetter, system: str) -> tuple[Span, ...]:
+    """What stands before the documents of a question."""
+    return typesetter.lay_out(_ask("?", system)).before
+
+
+def _ask(question: str, system: str) -> list[Message]:
+    return [{"role": "system", "content": [system + "\n\n", CONTEXT]}, {"role": "user", "content": question}]
+
+
+def check_context(context: Iterable[Any]) -> Iterable[Any]:
+    """Raises InputError."""
+    if isinstance(context, (str, bytes, Document)) or not isinstance(context, Iterable):
+        raise InputError(f"context is one {type(context).__name__}. Give a list of texts or documents.")
+    return context
 
 
 def check_messages(messages: Sequence[Message]) -> list[Message]:

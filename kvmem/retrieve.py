@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import bm25s
+import numpy as np
 
 from kvmem.document import Chunk
+from kvmem.errors import InputError
 
 # Words, single digits and letters among them; scripts without spaces by character.
 _TERM = r"(?u)[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+"
@@ -21,7 +23,11 @@ def _terms(texts: list[str]) -> list[list[str]]:
 
 
 class Retriever(Protocol):
-    """What a retriever of your own has to do."""
+    """What a retriever of your own has to do.
+
+    One whose scores are comparable over the whole corpus may say so by an attribute `comparable = True`: the plan may
+    then take documents whole, and chunks next to those that score best.
+    """
 
     def score(self, question: str, chunks: Sequence[Chunk]) -> Sequence[float]:
         """One relevance per chunk, in the order given; higher is better, 0 or less is irrelevant."""
@@ -30,12 +36,14 @@ class Retriever(Protocol):
 class BM25Retriever:
     """BM25 (Robertson and Zaragoza, 2009) by bm25s; the index is kept while the chunks stay the same."""
 
+    comparable = True
+
     def __init__(self) -> None:
         self._indexed: tuple[str, ...] = ()
         self._index: bm25s.BM25 | None = None
 
     def score(self, question: str, chunks: Sequence[Chunk]) -> list[float]:
-        texts = tuple(chunk.text for chunk in chunks)
+        texts = tuple(chunk.heading + chunk.text for chunk in chunks)
         if not texts:
             return []
         if texts != self._indexed:
@@ -51,3 +59,71 @@ class BM25Retriever:
         if not known:
             return [0.0] * len(texts)
         return [float(s) for s in self._index.get_scores(known)]
+
+
+class HybridRetriever:
+    """BM25 and an embedding model, joined by reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009).
+
+    embed: texts -> one vector each, or an embedding model of LangChain or LlamaIndex. Vectors of chunks are kept.
+    constant: the k of the fusion; larger flattens the difference between ranks.
+    """
+
+    comparable = False
+
+    def __init__(self, embed: Callable[[list[str]], Any] | Any, constant: float = 60.0) -> None:
+        self._documents, self._query = _embedders(embed)
+        self._constant = constant
+        self._words = BM25Retriever()
+        self._vectors: dict[str, np.ndarray] = {}
+
+    def score(self, question: str, chunks: Sequence[Chunk]) -> list[float]:
+        if not chunks:
+            return []
+        texts = [chunk.heading + chunk.text for chunk in chunks]
+        new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
+        known = dict(zip(new, _vectors(self._documents(new), len(new)), strict=True)) if new else {}
+        self._vectors = {text: known[text] if text in known else self._vectors[text] for text in texts}
+        (asked,) = _vectors(self._query(question), 1)
+        likeness = np.stack([self._vectors[text] for text in texts]) @ asked
+        by_words = np.asarray(self._words.score(question, chunks))
+        fused = 1 / (self._constant + _ranks(likeness))
+        # A chunk without any word of the question has no rank among those that do.
+        return [float(s) for s in fused + (by_words > 0) / (self._constant + _ranks(by_words))]
+
+
+def _embedders(model: Any) -> tuple[Callable[[list[str]], Any], Callable[[str], Any]]:
+    """How `model` embeds texts of documents, and a question."""
+    if hasattr(model, "embed_documents"):
+        return model.embed_documents, lambda text: [model.embed_query(text)]
+    if hasattr(model, "get_text_embedding_batch"):
+        return model.get_text_embedding_batch, lambda text: [model.get_query_embedding(text)]
+    if callable(model):
+        return model, lambda text: model([text])
+    raise InputError(
+        f"A {type(model).__name__} does not embed texts. Give a function from a list of texts to vectors, or an "
+        "embedding model of LangChain or LlamaIndex."
+    )
+
+
+def _vectors(values: Any, count: int) -> np.ndarray:
+    """As unit vectors, [count, dimensions]. Raises InputError."""
+    try:
+        vectors = np.asarray(values, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"The embedding model did not give vectors: {error}. Give one list of numbers per text."
+        ) from None
+    if vectors.ndim != 2 or len(vectors) != count or not np.isfinite(vectors).all():
+        raise InputError(
+            f"The embedding model gave an array of shape {vectors.shape} for {count} texts, or numbers that are not "
+            "finite. Give one vector per text."
+        )
+    unit: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return unit
+
+
+def _ranks(scores: np.ndarray) -> np.ndarray:
+    """1 for the highest."""
+    ranks = np.empty(len(scores))
+    ranks[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
+    return ranks

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from kvmem.answer import Answer, Prefill, Timings
-from kvmem.blend import count_usage, plan_repair
+from kvmem.batch import generate_together
+from kvmem.blend import count_usage, plan_repair, plan_shared_repair
 from kvmem.compose import Composer, Resident, Stitched
+from kvmem.entry import Context
 from kvmem.generate import Sampling, generate
 from kvmem.model import LanguageModel
 from kvmem.prompt import Span
 from kvmem.request import Request
 from kvmem.settings import BlendSettings
 from kvmem.store.base import Store
-from kvmem.stream import Listener
+from kvmem.stream import Listener, Unheard
+from kvmem.thread import Branch, recut
 
 
 class Runner:
@@ -30,9 +34,20 @@ class Runner:
         """Bring `spans` into the store; see `Composer.compose`."""
         self._keep(self._stitch(spans, in_place=in_place))
 
-    def answer(self, request: Request, blend: BlendSettings, sampling: Sampling, listener: Listener) -> Answer:
-        """Stitch, repair, generate, and store what was read."""
-        prompt = request.prompt
+    def answer(
+        self,
+        request: Request,
+        blend: BlendSettings,
+        sampling: Sampling,
+        listener: Listener,
+        branches: Sequence[Branch] | None = None,
+    ) -> tuple[Answer, Branch | None]:
+        """Stitch, repair, generate, and store what was read.
+
+        branches: what is known of the conversation, if it is one; then the query and the answer are stored, too, and
+        the conversation is returned as a branch if all of it is exact.
+        """
+        prompt = request.prompt if branches is None else recut(request.prompt, branches)
         stitched = self._stitch(prompt.spans, prompt.query, spare=sampling.max_tokens)
         after_stitch = time.perf_counter()
         repair = plan_repair(self._model, stitched, prompt.query, blend)
@@ -44,7 +59,10 @@ class Runner:
             self._keep(stitched)
             raise
         self._keep(stitched, blend, (*prompt.query, *generated.token_ids))
-        return Answer(
+        branch = None
+        if branches is not None and not stitched.segments:
+            branch = self._keep_turn(stitched, (*prompt.query, *generated.token_ids))
+        answer = Answer(
             text=generated.text,
             sources=request.sources,
             usage=count_usage(self._model, stitched, repair, len(generated.token_ids)),
@@ -52,6 +70,51 @@ class Runner:
             timings=_timings(request, after_stitch, generated.first_token),
             finish_reason=generated.finish_reason,
         )
+        return answer, branch
+
+    def _keep_turn(self, stitched: Stitched, after: tuple[int, ...]) -> Branch:
+        """Store what was read and said behind the spans; the last token said was not read."""
+        start, end = len(stitched.token_ids), stitched.cache.length
+        tail = Span(after[: end - start])
+        context = Context()
+        for item in stitched.placed:
+            context.extend(item.span.token_ids, item.span.digest)
+        key = self._composer.key(context, tail)
+        self._store.put(stitched.cache.entry(key, tail.token_ids, start, context.spans))
+        return Branch((*stitched.token_ids, *tail.token_ids), (*(item.end for item in stitched.placed), end))
+
+    def answer_all(self, requests: Sequence[Request], blend: BlendSettings, sampling: Sampling) -> list[Answer]:
+        """Answer requests whose prompts differ in the query alone: together, or one by one if that cannot be."""
+        if len(requests) > 1 and self._model.blendable and not self._model.anatomy.recurrent:
+            return self._answer_together(requests, blend, sampling)
+        return [self.answer(request, blend, sampling, Unheard())[0] for request in requests]
+
+    def _answer_together(self, requests: Sequence[Request], blend: BlendSettings, sampling: Sampling) -> list[Answer]:
+        """Answer requests whose prompts differ in the query alone. What is read and repaired for all of them is counted
+        as the work of the first. The model can be blended."""
+        spans = requests[0].prompt.spans
+        stitched = self._stitch(spans, spare=max(len(request.prompt.query) for request in requests))
+        after_stitch = time.perf_counter()
+        queries = [request.prompt.query for request in requests]
+        try:
+            repair = plan_shared_repair(self._model, stitched, queries, blend)
+            if repair.step is not None:
+                repair.run(self._model, stitched.cache)
+            found = generate_together(self._model, stitched.cache, stitched.token_ids, queries, sampling)
+        except BaseException:
+            self._keep(stitched)
+            raise
+        self._keep(stitched, blend)
+        answers = []
+        for number, (request, generated) in enumerate(zip(requests, found, strict=True)):
+            count = len(generated.token_ids)
+            usage = count_usage(self._model, stitched, repair, count, query=len(request.prompt.query))
+            if number:
+                usage = replace(usage, token_layers=len(request.prompt.query) * self._model.depth)
+            timings = _timings(request, after_stitch, generated.first_token)
+            plan, reason = request.plan, generated.finish_reason
+            answers.append(Answer(generated.text, request.sources, usage, plan, timings, reason))
+        return answers
 
     def prefill(self, request: Request, blend: BlendSettings) -> Prefill:
         """Stitch, repair and read the question; the buffer is the caller's from there on."""

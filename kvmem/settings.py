@@ -68,10 +68,16 @@ class BlendSettings(_Frozen):
 
 
 class SplitSettings(_Frozen):
-    """Sizes of chunks, in tokens. Only the last chunk of a document may be smaller than `minimum`."""
+    """Sizes of chunks, in tokens; a whole document may be smaller than `minimum`.
 
-    minimum: int = Field(default=192, ge=1)
+    target: longer chunks are cut at headings and blank lines; at weaker ends only those longer than `maximum`.
+    headings: a chunk begins with its document's title (of the metadata) and the Markdown headings it is under.
+    """
+
+    minimum: int = Field(default=128, ge=1)
+    target: int = Field(default=320, ge=1)
     maximum: int = Field(default=512, ge=1)
+    headings: bool = True
 
     @model_validator(mode="after")
     def _ordered(self) -> SplitSettings:
@@ -120,6 +126,8 @@ class Settings(_Frozen):
     system: the system prompt; None is `kvmem.prompt.DEFAULT_SYSTEM`.
     max_tokens: the longest answer, in tokens; room for it is kept free in the window.
     namespace: entries and documents of other namespaces are invisible.
+    context_tokens: at most so many tokens of documents in a prompt; None is all that the window holds.
+    max_document_chars: longer documents are refused.
     """
 
     model: ModelSettings = ModelSettings()
@@ -129,6 +137,8 @@ class Settings(_Frozen):
     system: str | None = None
     max_tokens: int = Field(default=256, ge=1)
     namespace: str = Field(default="default", min_length=1)
+    context_tokens: int | None = Field(default=None, ge=1)
+    max_document_chars: int = Field(default=10_000_000, ge=1)
 
     @classmethod
     def parse(cls, base: Settings | None, overrides: Mapping[str, Any]) -> Settings:

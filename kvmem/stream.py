@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Protocol
 
 from kvmem.answer import Answer, Source
-from kvmem.errors import ClosedError
+from kvmem.errors import AnswerTimeoutError, ClosedError
 from kvmem.plan import Plan
 
 _END = object()
@@ -31,15 +32,33 @@ class Listener(Protocol):
         """Whether nobody waits for the answer any more."""
 
 
+class Unheard:
+    """A listener that nobody reads."""
+
+    def planned(self, plan: Plan, sources: tuple[Source, ...]) -> None:
+        pass
+
+    def text(self, piece: str) -> None:
+        pass
+
+    def cancelled(self) -> bool:
+        return False
+
+
 class AnswerStream:
     """An iterator of text pieces, also for `async for`. Work begins when it is created; closing it early cancels it.
 
     `plan` and `sources` wait until the prompt is decided; `answer` waits for the end. All three raise what the
     work raised.
+
+    timeout: seconds from now until the end of the answer; then it is cancelled, and whoever waits gets
+        AnswerTimeoutError.
     """
 
-    def __init__(self, executor: Executor, work: Callable[[Listener], Answer]) -> None:
+    def __init__(self, executor: Executor, work: Callable[[Listener], Answer], timeout: float | None = None) -> None:
         self._channel = _Channel()
+        self._timeout = timeout
+        self._deadline = None if timeout is None else time.monotonic() + timeout
         self._future: Future[Answer] = executor.submit(work, self._channel)
         self._future.add_done_callback(self._channel.finish)
 
@@ -47,7 +66,8 @@ class AnswerStream:
         return self
 
     def __next__(self) -> str:
-        piece = self._channel.take()
+        with self._in_time():
+            piece = self._channel.take(self._left())
         if piece is None:
             if not self._channel.cancelled():
                 self._result()
@@ -60,7 +80,8 @@ class AnswerStream:
     async def __anext__(self) -> str:
         """The next piece, without blocking the event loop; leaving it closes the stream."""
         try:
-            piece = await self._channel.take_async()
+            with self._in_time():
+                piece = await asyncio.wait_for(self._channel.take_async(), self._left())
         except asyncio.CancelledError:
             self.close()
             raise
@@ -73,7 +94,7 @@ class AnswerStream:
     async def wait(self) -> Answer:
         """The whole answer, without blocking the event loop; leaving it closes the stream."""
         try:
-            done, _ = await asyncio.wait([asyncio.wrap_future(self._future)])
+            done, _ = await asyncio.wait([asyncio.wrap_future(self._future)], timeout=self._left())
         except asyncio.CancelledError:
             self.close()
             raise
@@ -83,7 +104,9 @@ class AnswerStream:
 
     async def wait_for_sources(self) -> tuple[Source, ...]:
         """`sources`, without blocking the event loop."""
-        decision = await asyncio.shield(asyncio.wrap_future(self._channel.decided))
+        decided = asyncio.shield(asyncio.wrap_future(self._channel.decided))
+        with self._in_time():
+            decision = await asyncio.wait_for(decided, self._left())
         return (await self.wait()).sources if decision is None else decision[1]
 
     @property
@@ -95,7 +118,8 @@ class AnswerStream:
         return self._decision()[1]
 
     def _decision(self) -> tuple[Plan, tuple[Source, ...]]:
-        decision = self._channel.decided.result()
+        with self._in_time():
+            decision = self._channel.decided.result(self._left())
         if decision is None:
             answer = self._result()
             return answer.plan, answer.sources
@@ -108,9 +132,27 @@ class AnswerStream:
 
     def _result(self) -> Answer:
         try:
-            return self._future.result()
+            with self._in_time():
+                return self._future.result(self._left())
         except CancelledError:
             raise ClosedError("The question was cancelled before it was begun. Ask again.") from None
+
+    def _left(self) -> float | None:
+        """Seconds until the deadline."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """Turn running out of time into AnswerTimeoutError; other time-outs (of a retriever, say) are passed on."""
+        try:
+            yield
+        except (TimeoutError, queue.Empty):
+            if self._left() != 0 or self._future.done():
+                raise
+            self.close()
+            raise AnswerTimeoutError(
+                f"There was no answer within {self._timeout} seconds. Give more time, or lower max_tokens."
+            ) from None
 
     def close(self) -> None:
         """Stop generating. Pieces not yet taken are dropped; closing again does nothing."""
@@ -165,9 +207,9 @@ class _Channel:
         self._cancelled.set()
         self._ended = True
 
-    def take(self) -> str | None:
-        """The next piece, waiting for it; None at the end."""
-        return None if self._ended else self._checked(self._pieces.get())
+    def take(self, timeout: float | None) -> str | None:
+        """The next piece, waiting for it; None at the end. Raises queue.Empty after `timeout` seconds."""
+        return None if self._ended else self._checked(self._pieces.get(timeout=timeout))
 
     async def take_async(self) -> str | None:
         """Like `take`, without blocking the event loop."""

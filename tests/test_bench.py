@@ -62,7 +62,11 @@ def test_the_task_counts_right_answers_and_finds_that_all_is_full_prefill() -> N
     assert result["summary"]["all"]["agreement"] == 1.0
     right = [row["margins"]["none"] > 0 for row in result["examples"]]
     assert result["summary"]["none"]["accuracy"] == sum(right) / 4
-    assert task.table(result).row_count == 3
+    assert task.table(result).row_count == 2 * 3
+    titled = [row["margins"]["all, with titles"] for row in result["examples"]]
+    assert titled == pytest.approx(
+        [row["margins"]["full prefill, with titles"] for row in result["examples"]], abs=1e-3
+    )
 
 
 def test_questions_that_cannot_be_read_are_an_error_with_an_example(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from kvmem import LanguageModel
-from kvmem.attention import Step
+from kvmem.attention import ATTENTION, Step
 from kvmem.cache import BlendedCache
 from kvmem.entry import Context, EntryKey, digest_tokens
 from kvmem.testing import tiny_model
@@ -83,7 +83,7 @@ def test_re_rotated_keys_equal_those_computed_at_the_new_position(any_model: Lan
     here, there = any_model.new_cache(20), any_model.new_cache(120)
     any_model.append(span, here)
     entry = here.entry(EntryKey("n", "m", Context().digest, digest_tokens(span)), span, 0, ())
-    with any_model._kvmem_attention():
+    with any_model.attention(ATTENTION):
         moved = any_model.new_cache(120)
         moved.load(entry, 100)
     expected = keys_read_at(any_model, span, 100, there)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import kvmem
 from kvmem import KVMem, LanguageModel
-from kvmem.document import segment
 from kvmem.prompt import Piece, Typesetter
 from kvmem.request import without_oldest_turn
+from kvmem.split import segment
 from kvmem.testing import tiny_model
 
 SYSTEM = {"role": "system", "content": "You are terse, and you never guess. You say so when you do not know."}

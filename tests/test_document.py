@@ -3,52 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kvmem import EmptyInputError, InputError
-from kvmem.document import as_document, split
-from kvmem.settings import SplitSettings
-
-SIZES = SplitSettings(minimum=10, maximum=40)
-
-
-def words(text: str) -> int:
-    return max(1, len(text.split()), len(text) // 8)
-
-
-@settings(max_examples=200)
-@given(st.text(alphabet=st.sampled_from("ab. \n#。,é漢"), max_size=600))
-def test_splitting_loses_nothing_and_keeps_its_bounds(text: str) -> None:
-    """Chunks concatenate to the text, and none is longer than the maximum."""
-    chunks = split(text, words, SIZES)
-    assert "".join(chunks) == text
-    assert all(chunks)
-    assert all(words(chunk) <= SIZES.maximum + 5 for chunk in chunks)
-
-
-def test_one_endless_line_is_cut() -> None:
-    """Text without any natural end is cut all the same."""
-    chunks = split("x" * 5000, words, SIZES)
-    assert "".join(chunks) == "x" * 5000
-    assert max(map(len, chunks)) <= 8 * 41
-
-
-def test_cuts_are_made_at_headings_before_lines_before_sentences() -> None:
-    """The strongest end between the bounds is taken."""
-    text = "One sentence of six words here. " * 3 + "\n## Next part\n" + "Another sentence of six words. " * 6
-    first, *_ = split(text, words, SIZES)
-    assert first.endswith("\n")
-    assert "Next part" not in first
-
-
-def test_an_edit_changes_only_the_chunks_around_it() -> None:
-    """Cuts far behind an edit are the same as before."""
-    paragraphs = [f"Paragraph {n} says something of its own about topic {n * 7 % 31}.\n\n" for n in range(80)]
-    before = split("".join(paragraphs), words, SIZES)
-    paragraphs[10] = "An entirely new paragraph, which is a good deal longer than the one it replaces.\n\n"
-    after = split("".join(paragraphs), words, SIZES)
-    assert len(set(after) - set(before)) <= 3
+from kvmem.document import as_document
 
 
 def test_documents_are_made_from_what_users_have(tmp_path: Path) -> None:
@@ -83,3 +40,41 @@ def test_files_that_are_not_text_are_refused(tmp_path: Path) -> None:
         as_document("\n\t ")
     with pytest.raises(InputError, match="id="):
         as_document("text", id="")
+
+
+def test_html_becomes_markdown_with_its_title(tmp_path: Path) -> None:
+    """Headings stay headings; scripts and styles are dropped."""
+    file = tmp_path / "page.html"
+    file.write_text(
+        "<html><head><title>The lease</title><style>x{}</style></head><body><h1>Rent</h1>"
+        "<p>It is <b>due</b>.</p><script>alert(1)</script></body></html>"
+    )
+    document = as_document(file)
+    assert document.text.startswith("# Rent\n\nIt is **due**.")
+    assert "alert" not in document.text
+    assert document.metadata == {"source": str(file), "title": "The lease"}
+
+
+def test_pdf_is_read_page_by_page(tmp_path: Path) -> None:
+    """The text of every page, and the title; what is no PDF, or holds images alone, is an error."""
+    from fpdf import FPDF
+
+    pdf = FPDF()
+    pdf.set_title("The lease")
+    pdf.set_font("helvetica", size=12)
+    for text in ("The rent is due.", "The keys are two."):
+        pdf.add_page()
+        pdf.cell(text=text)
+    file = tmp_path / "lease.pdf"
+    pdf.output(str(file))
+    document = as_document(file)
+    assert document.text == "The rent is due.\n\nThe keys are two."
+    assert document.metadata["title"] == "The lease"
+    empty = FPDF()
+    empty.add_page()
+    empty.output(str(file))
+    with pytest.raises(EmptyInputError, match="OCR"):
+        as_document(file)
+    file.write_bytes(b"no pdf")
+    with pytest.raises(InputError, match=r"lease\.pdf"):
+        as_document(file)

@@ -12,7 +12,7 @@ import torch
 from helpers import open_mem
 
 import kvmem
-from kvmem import BlendSettings, KVMem, LanguageModel, Prefill, select
+from kvmem import AnswerTimeoutError, BlendSettings, InputError, KVMem, LanguageModel, Prefill, select
 from kvmem.store import MemoryStore
 from kvmem.testing import same_entry, tiny_model
 
@@ -234,7 +234,8 @@ def test_overflow_falls_back_to_retrieval_and_says_so(tmp_path: Path) -> None:
         for number in range(12):
             mem.add(f"Note {number}: the colour of room {number} is shade{number}, says the painter.", id=f"n{number}")
         answer = mem.ask("What is the colour shade7 in the notes?")
-        assert answer.plan.mode == "retrieve"
+        assert answer.plan.mode == "route"
+        assert mem.ask("What colours do the painter's rooms have?").plan.mode == "retrieve"
         assert str(answer.plan.over) in answer.plan.reason
         assert answer.plan.over > 0
         assert answer.plan.prompt_tokens + 20 <= 700
@@ -529,3 +530,33 @@ def test_a_model_with_full_attention_in_its_first_layers_only_is_scored_there(mo
         mem.prefill("Which?", context=TEXTS[::-1])
     # One full-attention layer is scored, and the attention of a layer adds up to one.
     assert seen == [pytest.approx(1.0, abs=1e-4)]
+
+
+async def test_an_answer_that_takes_too_long_is_an_error_and_ends(mem: KVMem, model: LanguageModel) -> None:
+    """In every way of waiting; afterwards the engine is free."""
+    with model.lock:
+        with pytest.raises(AnswerTimeoutError, match=r"0\.05 seconds"):
+            mem.ask("Why?", context=TEXTS, timeout=0.05)
+        with pytest.raises(TimeoutError):
+            list(mem.stream("Why?", context=TEXTS, timeout=0.05))
+        with pytest.raises(AnswerTimeoutError):
+            await mem.stream_chat([{"role": "user", "content": "Why?"}], timeout=0.05).wait()
+        stream = mem.stream("Why?", context=TEXTS, timeout=0.05)
+        with pytest.raises(AnswerTimeoutError):
+            await stream.wait_for_sources()
+        with pytest.raises(AnswerTimeoutError):
+            async for _ in mem.stream("Why?", context=TEXTS, timeout=0.05):
+                pass
+    assert mem.ask("Why?", context=TEXTS, timeout=60).text
+    with pytest.raises(InputError, match="more than 0"):
+        mem.ask("Why?", context=TEXTS, timeout=0)
+
+
+def test_the_plan_of_a_question_is_told_without_running_the_model(mem: KVMem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the plan that `ask` then follows."""
+    mem.add_all(TEXTS)
+    asked = mem.ask("Why?").plan
+    monkeypatch.setattr(type(mem.model), "_run", lambda *_: pytest.fail("the model ran"))
+    assert mem.plan("Why?") == asked
+    with pytest.raises(InputError, match="empty"):
+        mem.plan(" ")

@@ -12,13 +12,19 @@ from kvmem.plan import Plan, make_plan
 from kvmem.retrieve import BM25Retriever
 
 
-def plan(chunks: Sequence[int], scores: Sequence[float] | None = None, **sizes: int) -> Plan:
+def plan(
+    chunks: Sequence[int],
+    scores: Sequence[float] | None = None,
+    documents: Sequence[str] | None = None,
+    limit: int | None = None,
+    **sizes: int,
+) -> Plan:
     def score() -> Sequence[float]:
         assert scores is not None, "nothing overflows, so nothing is scored"
         return scores
 
     given_sizes = {"prefix": 10, "query": 20, "answer": 30, "window": 100} | sizes
-    return make_plan(chunks=chunks, scores=score, **given_sizes)
+    return make_plan(chunks=chunks, scores=score, documents=documents, limit=limit, **given_sizes)
 
 
 def test_everything_is_taken_when_it_fits_to_the_last_token() -> None:
@@ -49,15 +55,45 @@ def test_what_can_never_fit_is_an_error() -> None:
         plan([50, 60], [1.0, 1.0])
 
 
+def test_documents_that_score_clearly_best_are_taken_whole() -> None:
+    """If they are few and fit; the reason says how many of how many."""
+    documents = ["a", "a", "b", "b", "c"]
+    routed = plan([10, 10, 10, 10, 10], [0.0, 3.0, 0.1, 0.0, 1.0], documents)
+    assert (routed.mode, routed.chunks) == ("route", (0, 1))
+    assert "1 of 3 documents" in routed.reason
+    assert plan([10] * 5, [0.0, 3.0, 0.1, 0.0, 2.0], documents).chunks == (0, 1, 4)
+    assert plan([30] * 5, [0.0, 3.0, 0.1, 0.0, 1.0], documents).mode == "retrieve"
+    assert plan([10] * 5, [0.0] * 5, documents).mode == "retrieve"
+    assert plan([10] * 5, [0.0, 3.0, 0.1, 0.0, 1.0]).mode == "retrieve"
+
+
+def test_room_that_is_left_goes_to_neighbours() -> None:
+    """Of the same document only, best chunk first."""
+    documents = ["a", "a", "a", "b", "c", "d", "e"]
+    chunks = [9, 9, 25, 9, 9, 9, 9]
+    assert plan(chunks, [0.0, 2.0, 0.0, 1.9, 1.8, 1.7, 0.0], documents, window=105).chunks == (0, 1, 3, 4, 5)
+
+
+def test_a_limit_on_the_context_is_kept() -> None:
+    """Fewer tokens than the window holds, and the reason names the limit."""
+    limited = plan([10, 10, 10], [0.1, 0.3, 0.2], limit=20)
+    assert (limited.mode, limited.chunks, limited.over) == ("retrieve", (1, 2), 10)
+    assert "context_tokens of 20" in limited.reason
+
+
 @given(
     chunks=st.lists(st.integers(1, 60), max_size=12),
     seeds=st.lists(st.floats(0, 10), min_size=12, max_size=12),
     window=st.integers(61, 300),
+    documents=st.one_of(st.none(), st.lists(st.sampled_from("abcd"), min_size=12, max_size=12)),
 )
-def test_no_plan_exceeds_the_window(chunks: list[int], seeds: list[float], window: int) -> None:
+def test_no_plan_exceeds_the_window(
+    chunks: list[int], seeds: list[float], window: int, documents: list[str] | None
+) -> None:
     """Whatever the sizes and scores, prompt and answer fit, and indices are distinct and ascending."""
     try:
-        made = plan(chunks, seeds[: len(chunks)], window=window)
+        named = None if documents is None else sorted(documents[: len(chunks)])
+        made = plan(chunks, seeds[: len(chunks)], named, window=window)
     except PromptTooLongError:
         assert chunks
         assert min(chunks) > window - 60
@@ -66,6 +102,9 @@ def test_no_plan_exceeds_the_window(chunks: list[int], seeds: list[float], windo
     assert made.prompt_tokens == 30 + sum(chunks[i] for i in made.chunks)
     assert list(made.chunks) == sorted(set(made.chunks))
     assert (made.mode == "whole") == (len(made.chunks) == len(chunks) and made.over == 0)
+    if made.mode == "route":
+        assert named is not None
+        assert [i for i, name in enumerate(named) if name in {named[i] for i in made.chunks}] == list(made.chunks)
 
 
 def test_bm25_scores_every_chunk_in_order() -> None:

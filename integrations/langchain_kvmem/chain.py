@@ -60,8 +60,7 @@ class CachedContextChain(Runnable[Inputs, Inputs]):
             mem = model
         else:
             mem = KVMem(model, store, retriever=None if retriever is None else RankedBy(retriever))
-        for document in documents:
-            mem.add(document if template is None else _formatted(document, template))
+        mem.add_all(document if template is None else _formatted(document, template) for document in documents)
         return cls(mem, **options)
 
     @classmethod

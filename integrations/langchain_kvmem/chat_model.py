@@ -33,9 +33,11 @@ class ChatKVMem(BaseChatModel):
     """A chat model over `KVMem`: texts it has seen, in any prompt and at any place, are not read again.
 
     model: a hub id, a directory, a GGUF file, "smollm2". store: a directory for the caches; None keeps them in memory.
-    temperature (None: greedy), top_p, max_tokens, stop, seed: as elsewhere in LangChain; each may be given per call.
+    temperature (None: greedy), top_p, max_tokens, stop, seed, timeout (seconds): as elsewhere in LangChain; each may be
+    given per call.
     blend, namespace: as in `KVMem`. model_kwargs: more of its arguments. generate_kwargs: for transformers' `generate`.
-    mem: an engine that is open already; model and store are not used then.
+    mem: an engine that is open already (`KVMem(hf_model, store, tokenizer=tokenizer)` takes a loaded model); model and
+    store are not used then.
 
     `.bind(context=[...])` puts texts or documents into the system message, cached one by one.
     """
@@ -49,6 +51,7 @@ class ChatKVMem(BaseChatModel):
     max_tokens: int | None = None
     stop: list[str] | None = Field(default=None, alias="stop_sequences")
     seed: int | None = None
+    timeout: float | None = Field(default=None, alias="request_timeout", gt=0)
     blend: Any = None
     namespace: str = "default"
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -166,6 +169,7 @@ class ChatKVMem(BaseChatModel):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "seed": self.seed,
+            "timeout": self.timeout,
             "blend": self.blend,
             **self.generate_kwargs,
             **kwargs,

@@ -1,24 +1,51 @@
-"""kvmem's types as LlamaIndex's."""
+"""kvmem's types as LlamaIndex's, and the other way round."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from llama_index.core.schema import NodeRelationship, NodeWithScore, RelatedNodeInfo, TextNode
+from llama_index.core.base.llms.types import ChatMessage, MessageRole
+from llama_index.core.schema import BaseNode, NodeRelationship, NodeWithScore, RelatedNodeInfo, TextNode
+from llama_index.core.schema import Document as LlamaDocument
 
-from kvmem import Source
+from kvmem import Document, Plan, Source, Usage
+from kvmem.document import as_document
+
+# In the metadata of documents that are nodes: the document that the node was cut from.
+CUT_FROM = "_cut_from"
+
+
+def to_document(node: BaseNode) -> Document:
+    """A document as one that kvmem cuts; a node, with its own id, as one that is cut already."""
+    document = as_document(node)
+    if isinstance(node, LlamaDocument):
+        return document
+    metadata = {**document.metadata, CUT_FROM: node.ref_doc_id or node.node_id}
+    return Document(node.node_id, document.text, metadata, (document.text,))
 
 
 def to_nodes(sources: Iterable[Source]) -> list[NodeWithScore]:
     """Sources as nodes that name their document; the score is None when nothing was retrieved."""
     nodes = []
     for source in sources:
-        origin = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id=source.document_id)}
-        node = TextNode(
-            id_=f"{source.document_id}:{source.index}",
-            text=source.text,
-            metadata=dict(source.metadata),
-            relationships=origin,
-        )
+        metadata = dict(source.metadata)
+        cut_from = metadata.pop(CUT_FROM, None)
+        identity = f"{source.document_id}:{source.index}" if cut_from is None else source.document_id
+        origin = RelatedNodeInfo(node_id=source.document_id if cut_from is None else cut_from)
+        relationships: Any = {NodeRelationship.SOURCE: origin}
+        node = TextNode(id_=identity, text=source.text, metadata=metadata, relationships=relationships)
         nodes.append(NodeWithScore(node=node, score=source.score))
     return nodes
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    return {"mode": plan.mode, "reason": plan.reason, "prompt_tokens": plan.prompt_tokens, "over": plan.over}
+
+
+def count(usage: Usage) -> dict[str, int]:
+    return {**vars(usage), "prompt": usage.prompt}
+
+
+def said(role: MessageRole, text: str) -> ChatMessage:
+    return ChatMessage(role=role, content=text)

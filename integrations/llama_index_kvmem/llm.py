@@ -25,7 +25,8 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
 
-from kvmem import Answer, AnswerStream, InputError, KVMem
+from kvmem import Answer, AnswerStream, Document, InputError, KVMem
+from llama_index_kvmem.memory import DOCUMENT
 
 if TYPE_CHECKING:
     from llama_index.core.tools.types import BaseTool
@@ -165,7 +166,15 @@ class KVMemLLM(FunctionCallingLLM):
         given = {"temperature": self.temperature, "blend": self.blend, **self.generate_kwargs, **kwargs}
         given["max_tokens"] = given.pop("max_new_tokens", None) or given.get("max_tokens") or self.max_new_tokens
         given["tool_choice"] = given.get("tool_choice") or "auto"
-        return self.engine.stream_chat([_to_message(message) for message in messages], **given)
+        remembered = [m for m in messages if DOCUMENT in m.additional_kwargs]
+        if remembered:
+            # What a memory block recalled is context, each memory with its own cache.
+            found = [
+                Document(m.additional_kwargs[DOCUMENT], m.content or "", {}, (m.content or "",)) for m in remembered
+            ]
+            given["context"] = [*found, *(given.get("context") or ())]
+        spoken = [to_message(m) for m in messages if DOCUMENT not in m.additional_kwargs]
+        return self.engine.stream_chat(spoken, **given)
 
     # Function calling
 
@@ -213,7 +222,7 @@ def _said(prompt: str) -> list[ChatMessage]:
     return [ChatMessage(role=MessageRole.USER, content=prompt)]
 
 
-def _to_message(message: ChatMessage) -> dict[str, Any]:
+def to_message(message: ChatMessage) -> dict[str, Any]:
     """A message as `KVMem.chat` takes it. Raises InputError."""
     texts, calls = [], []
     for block in message.blocks:

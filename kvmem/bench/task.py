@@ -17,6 +17,7 @@ import torch
 from rich.table import Table
 
 from kvmem.bench.common import bootstrap, describe, track
+from kvmem.document import Document
 from kvmem.engine import KVMem
 from kvmem.model import LanguageModel
 from kvmem.settings import BlendSettings
@@ -37,9 +38,11 @@ _FOUNDERS = ("two brothers", "a widow", "three friends", "a doctor", "its worker
 
 @dataclass(frozen=True)
 class Case:
-    """chunks: four, each to be read alone. right, wrong: how many people the asked company employs, and the other."""
+    """chunks: four, each to be read alone. titles: of their documents. right, wrong: how many people the asked company
+    employs, and the other."""
 
     chunks: tuple[str, ...]
+    titles: tuple[str, ...]
     question: str
     right: str
     wrong: str
@@ -58,7 +61,8 @@ def make_cases(count: int, seed: int) -> list[Case]:
         ]
         asked = number % 2
         question = f"How many people does {names[asked]} employ? Answer with the number only."
-        cases.append(Case(tuple(chunks), question, people[asked], people[1 - asked]))
+        titles = tuple(f"Profile of {name}" for name in names for _ in range(2))
+        cases.append(Case(tuple(chunks), titles, question, people[asked], people[1 - asked]))
     return cases
 
 
@@ -81,31 +85,43 @@ def run(
         "benchmark": "task",
         **describe(model, cases=count, seed=seed, variants=variants),
         "prompt_tokens": float(np.mean([row["prompt_tokens"] for row in rows])),
-        "summary": {name: _summarise(rows, name, seed) for name in ("full prefill", *variants)},
+        "summary": {
+            name + suffix: _summarise(rows, name + suffix, FULL + suffix, seed)
+            for suffix in SUFFIXES
+            for name in (FULL, *variants)
+        },
         "examples": rows,
     }
+
+
+FULL = "full prefill"
+# Of the names of variants whose chunks begin with a title or not.
+SUFFIXES = {"": False, ", with titles": True}
 
 
 def _measure(model: LanguageModel, case: Case, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
     right, wrong = (model.tokenize(text, markup=False) for text in (case.right, case.wrong))
     found = {}
-    with KVMem(model, None, max_tokens=8) as mem:
-        for chunk in case.chunks:
-            mem.prefill(case.question, context=[chunk])
-        # "all" comes last: it makes every entry exact.
-        for name, blend in sorted(variants.items(), key=lambda item: item[1]["selector"] == "all"):
+    for suffix, titled in SUFFIXES.items():
+        pairs = zip(case.chunks, case.titles, strict=True)
+        context = [Document(text, text, {"title": title} if titled else {}) for text, title in pairs]
+        with KVMem(model, None, max_tokens=8) as mem:
+            for document in context:
+                mem.prefill(case.question, context=[document])
+            # "all" comes last: it makes every entry exact.
+            for name, blend in sorted(variants.items(), key=lambda item: item[1]["selector"] == "all"):
+                margins = []
+                for answer in (right, wrong):
+                    state = mem.prefill(case.question, context=context, blend=BlendSettings.parse(blend))
+                    margins.append(_likelihood(model, state.logits, answer, state.cache))
+                found[name + suffix] = margins[0] - margins[1]
+        ids = state.token_ids.to(model.device)
+        with torch.no_grad():
             margins = []
             for answer in (right, wrong):
-                state = mem.prefill(case.question, context=case.chunks, blend=BlendSettings.parse(blend))
-                margins.append(_likelihood(model, state.logits, answer, state.cache))
-            found[name] = margins[0] - margins[1]
-        ids = state.token_ids.to(model.device)
-    with torch.no_grad():
-        margins = []
-        for answer in (right, wrong):
-            out = model.hf(ids[None], use_cache=True)
-            margins.append(_likelihood(model, out.logits[0, -1].float(), answer, out.past_key_values))
-    found["full prefill"] = margins[0] - margins[1]
+                out = model.hf(ids[None], use_cache=True)
+                margins.append(_likelihood(model, out.logits[0, -1].float(), answer, out.past_key_values))
+        found[FULL + suffix] = margins[0] - margins[1]
     return {"prompt_tokens": len(ids), "margins": found}
 
 
@@ -119,10 +135,10 @@ def _likelihood(model: LanguageModel, logits: torch.Tensor, answer: Sequence[int
     return float(torch.cat(rows).log_softmax(-1)[range(len(answer)), list(answer)].sum())
 
 
-def _summarise(rows: Sequence[dict[str, Any]], name: str, seed: int) -> dict[str, Any]:
+def _summarise(rows: Sequence[dict[str, Any]], name: str, full: str, seed: int) -> dict[str, Any]:
     right = [float(row["margins"][name] > 0) for row in rows]
     low, high = bootstrap(right, lambda x: float(np.mean(x)), seed)
-    agree = [float((row["margins"][name] > 0) == (row["margins"]["full prefill"] > 0)) for row in rows]
+    agree = [float((row["margins"][name] > 0) == (row["margins"][full] > 0)) for row in rows]
     return {"accuracy": float(np.mean(right)), "interval": [low, high], "agreement": float(np.mean(agree))}
 
 

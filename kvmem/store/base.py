@@ -60,6 +60,10 @@ class Store(Protocol):
     def clear(self, namespace: str) -> int:
         """Remove every entry of a namespace, pinned ones too; the number removed."""
 
+    def scrub(self, namespace: str) -> None:
+        """Make sure that nothing removed can be read back from files, counts of that namespace included. Raises
+        StoreError when it cannot be made sure."""
+
     def pin(self, key: EntryKey, pinned: bool = True) -> bool:
         """Keep the entry out of eviction, or no longer; False when there is none."""
 

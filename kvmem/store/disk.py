@@ -299,6 +299,20 @@ class DiskStore:
     def clear(self, namespace: str) -> int:
         return self._forget(namespace=namespace)
 
+    def scrub(self, namespace: str) -> None:
+        with self._lock:
+            self._hits.pop(namespace, None)
+            self._misses.pop(namespace, None)
+        try:
+            with self._index.transaction() as connection:
+                connection.execute("DELETE FROM counters WHERE namespace = ?", (namespace,))
+            self._index.shrink()
+        except _FAILURES as error:
+            raise StoreError(
+                f"What was removed may still be in the files of {str(self.directory)!r}: {error}. Close processes "
+                "that use the store, and try again."
+            ) from error
+
     def _forget(self, digests: list[str] | None = None, namespace: str = "", only: str | None = None) -> int:
         """Remove entries; with `only`, unless somebody has replaced the one with that checksum."""
         names: list[str] = []

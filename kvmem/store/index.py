@@ -6,7 +6,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import ItemsView, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class Index:
             connection = sqlite3.connect(self._path, timeout=60, isolation_level=None, check_same_thread=False)
             _set_wal(connection)
             connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("PRAGMA secure_delete=ON")
             connection.executescript(_SCHEMA)
             connection.row_factory = sqlite3.Row
             self._connection, self._pid = connection, os.getpid()
@@ -83,6 +84,15 @@ class Index:
                 connection.execute("ROLLBACK")
                 raise
             connection.execute("COMMIT")
+
+    def shrink(self) -> None:
+        """Write everything to the database file, and nothing that was deleted. Raises sqlite3.OperationalError while
+        others are using it."""
+        with self._lock, self._guarded() as connection:
+            connection.execute("VACUUM")
+            busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if busy:
+                raise sqlite3.OperationalError("another process is reading the index")
 
     @contextmanager
     def _guarded(self) -> Iterator[sqlite3.Connection]:
@@ -127,6 +137,10 @@ class Documents(MutableMapping[str, str]):
 
     def __iter__(self) -> Iterator[str]:
         return iter([row["name"] for row in self._query("SELECT name FROM documents")])
+
+    def items(self) -> ItemsView[str, str]:
+        """All of them, by one query."""
+        return {row["name"]: row["text"] for row in self._query("SELECT name, text FROM documents")}.items()
 
     def __len__(self) -> int:
         return int(self._query("SELECT COUNT(*) AS n FROM documents")[0]["n"])

@@ -99,6 +99,9 @@ class MemoryStore:
             digests = [d for d, kept in self._kept.items() if kept.entry.key.namespace == namespace]
             return sum(self._drop(digest) for digest in digests)
 
+    def scrub(self, namespace: str) -> None:
+        """Nothing is in files."""
+
     def _drop(self, digest: str) -> bool:
         kept = self._kept.pop(digest, None)
         if kept is None:

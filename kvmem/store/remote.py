@@ -127,6 +127,9 @@ class FsspecStore:
             self._fs.rm(directory, recursive=True)
         return count
 
+    def scrub(self, namespace: str) -> None:
+        """Removed objects are gone, as far as the file system says so."""
+
     def pin(self, key: EntryKey, pinned: bool = True) -> bool:
         """Nothing is evicted here; True when the entry exists."""
         return self.contains(key)

@@ -40,6 +40,10 @@ class TieredStore:
         removed = self.durable.clear(namespace)
         return max(self.fast.clear(namespace), removed)
 
+    def scrub(self, namespace: str) -> None:
+        self.fast.scrub(namespace)
+        self.durable.scrub(namespace)
+
     def pin(self, key: EntryKey, pinned: bool = True) -> bool:
         self.fast.pin(key, pinned)
         return self.durable.pin(key, pinned)

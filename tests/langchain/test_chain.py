@@ -1,19 +1,20 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
-from langchain_core.prompts import PromptTemplate
+from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableLambda
 
 from kvmem import InputError, KVMem
 from kvmem.testing import tiny_model
-from langchain_kvmem import CachedContextChain
+from langchain_kvmem import CachedContextChain, ChatKVMem
 from langchain_kvmem.retriever import RankedBy
 
 DOCUMENTS = [
@@ -135,3 +136,20 @@ def test_a_retriever_of_langchain_chooses_when_the_window_is_full(tmp_path: Path
     assert [d.page_content for d in found["context"]] == [texts[7]]
     with pytest.raises(InputError, match="has a retriever"):
         CachedContextChain.from_texts(texts, mem, retriever=Seventh())
+
+
+def test_a_chain_that_only_swaps_its_model_reuses_what_it_retrieves(mem: KVMem) -> None:
+    """20 questions, the top 4 of 12 passages in whatever order: from the second pass on, at least 80% is reused."""
+    passages = [f"Passage {n} tells of harbour {n * 7}, where {n + 3} boats lie and fish is sold." for n in range(12)]
+    prompt = ChatPromptTemplate.from_messages([("system", "Answer briefly."), ("human", "{context}\n\n{question}")])
+    chain = prompt | ChatKVMem(mem=mem, max_tokens=1)
+    draw = random.Random(0)
+    for number in range(2):
+        for question in range(20):
+            found = draw.sample(passages, 4)
+            message = chain.invoke({"context": "\n\n".join(found), "question": f"What of boat {question}?"})
+            usage = message.usage_metadata
+            assert usage is not None
+            context = len("\n\n".join(found))
+            if number == 1:
+                assert usage["input_token_details"]["cache_read"] >= 0.8 * context

@@ -3,16 +3,26 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from llama_index.core import Document, QueryBundle
+from helpers import open_mem
+from llama_index.core import Document, MockEmbedding, QueryBundle, VectorStoreIndex
 from llama_index.core.base.base_query_engine import BaseQueryEngine
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.base.base_selector import BaseSelector, SelectorResult, SingleSelection
 from llama_index.core.base.response.schema import AsyncStreamingResponse, Response, StreamingResponse
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.llms import MockLLM
+from llama_index.core.postprocessor import SimilarityPostprocessor
+from llama_index.core.query_engine import RetrieverQueryEngine, RouterQueryEngine, SubQuestionQueryEngine
+from llama_index.core.question_gen.types import BaseQuestionGenerator, SubQuestion
+from llama_index.core.schema import NodeRelationship, NodeWithScore, RelatedNodeInfo, TextNode
 from llama_index.core.tools import QueryEngineTool
 
-from kvmem import KVMem
-from llama_index_kvmem import KVMemQueryEngine
+from kvmem import InputError, KVMem, LanguageModel
+from kvmem.testing import tiny_model
+from llama_index_kvmem import KVMemLLM, KVMemQueryEngine
+from llama_index_kvmem.convert import to_document
 
 DOCUMENTS = [
     Document(text="The rent is due on the first day of the month.", metadata={"source": "lease"}, id_="l"),
@@ -77,3 +87,128 @@ def test_it_serves_as_a_tool(engine: KVMemQueryEngine) -> None:
     """An agent's QueryEngineTool wraps it as any other engine."""
     tool = QueryEngineTool.from_defaults(engine, name="lease", description="about the lease")
     assert tool("When?").content == str(engine.query("When?"))
+
+
+class Counted(BaseRetriever):
+    """Returns the named nodes with falling scores, and counts its calls."""
+
+    def __init__(self, nodes: list[TextNode]) -> None:
+        self.nodes, self.calls = nodes, 0
+        super().__init__()
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        self.calls += 1
+        return [NodeWithScore(node=node, score=0.9 - 0.1 * n) for n, node in enumerate(self.nodes)]
+
+
+NODES = [
+    TextNode(id_=f"n{n}", text=f"Fact {n} is told here, and it is the number {n * 7}. " * 3, metadata={"n": n})
+    for n in range(20)
+]
+
+
+def test_a_retriever_is_asked_only_when_not_all_fits(mem: KVMem) -> None:
+    """With documents that fit, never; without documents, always, and its nodes are the sources as they are."""
+    retriever = Counted(NODES[3:5])
+    whole = KVMemQueryEngine.from_documents(NODES[:3], mem, retriever=retriever, max_tokens=4)
+    assert len(whole.query("Which fact?").source_nodes) == 3
+    assert retriever.calls == 0
+    mem.clear()
+    engine = KVMemQueryEngine.from_args(retriever, mem, max_tokens=4)
+    response = engine.query("Which fact?")
+    assert [(n.node.node_id, n.score) for n in response.source_nodes] == [("n3", 0.9), ("n4", 0.8)]
+    assert str(response) == mem.ask("Which fact?", context=[to_document(n) for n in NODES[3:5]], max_tokens=4).text
+    assert KVMemQueryEngine.from_args(Counted([]), mem).query("?").response == "Empty Response"
+
+
+async def test_on_overflow_the_sources_are_those_of_retriever_query_engine(model: LanguageModel) -> None:
+    """The same nodes with the same scores after the same postprocessors, sync and async, from an index."""
+    small = tiny_model(max_position_embeddings=1536)
+    cut = [SimilarityPostprocessor(similarity_cutoff=0.75)]
+    with open_mem(small, None) as mem:
+        index = VectorStoreIndex(NODES, embed_model=MockEmbedding(embed_dim=3))
+        engine = KVMemQueryEngine.from_index(index, mem, max_tokens=4)
+        assert len(mem.list()) == 20
+        response = engine.query("Which fact is 21?")
+        assert len(response.source_nodes) == 2
+        retriever = Counted(NODES[6:9])
+        ours = KVMemQueryEngine(mem, retriever=retriever, node_postprocessors=cut, max_tokens=4)
+        theirs = RetrieverQueryEngine.from_args(retriever, llm=MockLLM(), node_postprocessors=cut)
+        expected = [(n.node.node_id, n.score) for n in theirs.query("Which?").source_nodes]
+        found = [ours.query("Which?"), await ours.aquery("Which?")]
+        assert [[(n.node.node_id, n.score) for n in r.source_nodes] for r in found] == [expected, expected]
+        assert [n.node.node_id for n in ours.retrieve(QueryBundle("Which?"))] == ["n6", "n7"]
+        usage: dict[str, Any] = found[1].metadata or {}
+        assert usage["usage"]["computed"] < 100
+
+
+def test_synthesize_answers_from_the_nodes_it_is_given(mem: KVMem) -> None:
+    """And names the additional ones as sources."""
+    engine = KVMemQueryEngine(mem, max_tokens=4)
+    nodes = [NodeWithScore(node=node, score=0.5) for node in NODES[:2]]
+    response = engine.synthesize(QueryBundle("Which?"), nodes, [NodeWithScore(node=NODES[5])])
+    assert [n.node.node_id for n in response.source_nodes] == ["n0", "n1", "n5"]
+    assert str(response) == mem.ask("Which?", context=[to_document(n) for n in NODES[:2]], max_tokens=4).text
+
+
+def test_nodes_keep_their_identity_and_are_not_cut(mem: KVMem) -> None:
+    """Ids, metadata and the document they were cut from; whole documents are cut by kvmem."""
+    node = TextNode(
+        id_="n", text="Word. " * 60, relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id="whole")}
+    )
+    engine = KVMemQueryEngine.from_documents([node, Document(text="Other. " * 60, id_="doc")], mem, max_tokens=2)
+    found = engine.query("?").source_nodes
+    assert (found[0].node.node_id, found[0].node.ref_doc_id) == ("n", "whole")
+    assert "_cut_from" not in found[0].node.metadata
+    assert len(found) > 2
+    assert {n.node.ref_doc_id for n in found[1:]} == {"doc"}
+
+
+def test_options_nobody_knows_are_refused(mem: KVMem) -> None:
+    """A text_qa_template or a misspelling is not dropped in silence; neither is another LLM."""
+    with pytest.raises(InputError, match="text_qa_template"):
+        KVMemQueryEngine.from_args(Counted(NODES), mem, text_qa_template="x")
+    with pytest.raises(InputError, match="keeps no caches"):
+        KVMemQueryEngine.from_args(Counted(NODES), MockLLM())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="keeps no nodes"):
+        KVMemQueryEngine.from_index(VectorStoreIndex([], embed_model=MockEmbedding(embed_dim=3)), mem)
+
+
+def test_it_serves_router_and_sub_question_engines(mem: KVMem) -> None:
+    """As any other query engine does."""
+    mem.add_all([document.text for document in DOCUMENTS])
+    engine = KVMemQueryEngine(mem, max_tokens=4)
+    tool = QueryEngineTool.from_defaults(engine, name="lease", description="about the lease")
+
+    class First(BaseSelector):
+        def _select(self, choices: Any, query: QueryBundle) -> SelectorResult:
+            return SelectorResult(selections=[SingleSelection(index=0, reason="the only one")])
+
+        async def _aselect(self, choices: Any, query: QueryBundle) -> SelectorResult:
+            return self._select(choices, query)
+
+        def _get_prompts(self) -> dict[str, Any]:
+            return {}
+
+        def _update_prompts(self, prompts: Any) -> None: ...
+
+    router = RouterQueryEngine(First(), [tool], llm=KVMemLLM(mem=mem))
+    assert str(router.query("When is it due?")) == str(engine.query("When is it due?"))
+
+    class Ask(BaseQuestionGenerator):
+        def generate(self, tools: Any, query: QueryBundle) -> list[SubQuestion]:
+            return [SubQuestion(sub_question=q, tool_name="lease") for q in ("When is it due?", "How many boilers?")]
+
+        async def agenerate(self, tools: Any, query: QueryBundle) -> list[SubQuestion]:
+            return self.generate(tools, query)
+
+        def _get_prompts(self) -> dict[str, Any]:
+            return {}
+
+        def _update_prompts(self, prompts: Any) -> None: ...
+
+    llm = KVMemLLM(mem=mem, max_new_tokens=4)
+    both = SubQuestionQueryEngine.from_defaults([tool], llm=llm, question_gen=Ask(), use_async=True)
+    response = both.query("Due, and boilers?")
+    assert len(response.source_nodes) >= 2
+    assert any("How many boilers?" in n.node.get_content() for n in response.source_nodes)

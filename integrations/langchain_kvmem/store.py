@@ -1,0 +1,254 @@
+"""KVMemStore: LangGraph's store over an engine's, so that what an agent remembers is kept and read once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from langgraph.store.base import (
+    BaseStore,
+    GetOp,
+    Item,
+    ListNamespacesOp,
+    MatchCondition,
+    Op,
+    PutOp,
+    Result,
+    SearchItem,
+    SearchOp,
+    TTLConfig,
+    get_text_at_path,
+    tokenize_path,
+)
+
+from kvmem import InputError, KVMem
+from kvmem.document import Chunk, Document
+from kvmem.retrieve import BM25Retriever, Retriever
+
+_Row = dict[str, Any]
+_Place = tuple[tuple[str, ...], str]
+
+
+class KVMemStore(BaseStore):
+    """Items by namespace and key, kept in the store of `mem`, within its namespace (its tenant).
+
+    mem: the engine. prefill: read an item's text at `put`, so that a prompt with it as context finds it read.
+    index: {"fields": [...]}, the paths of a value that are searched (and read); "$", all of it, by default.
+    retriever: scores them; BM25 by default, `kvmem.HybridRetriever(embeddings)` for an embedding model.
+    ttl: as in LangGraph, in minutes.
+    Items live in the engine's store for as long as it does, and `KVMem.forget_user` removes them.
+    """
+
+    supports_ttl = True
+    __slots__ = ("_fields", "_lock", "_mem", "_prefill", "_retriever", "ttl_config")
+
+    def __init__(
+        self,
+        mem: KVMem,
+        *,
+        prefill: bool = True,
+        index: Mapping[str, Any] | None = None,
+        retriever: Retriever | None = None,
+        ttl: TTLConfig | None = None,
+    ) -> None:
+        self._mem, self._prefill = mem, prefill
+        self._fields = list((index or {}).get("fields") or ["$"])
+        self._retriever: Retriever = retriever or BM25Retriever()
+        self.ttl_config = ttl
+        self._lock = threading.RLock()
+
+    # Operations
+
+    def batch(self, ops: Iterable[Op]) -> list[Result]:
+        """Run operations as LangGraph's stores do: reads see what was before the batch; of two writes to one key the
+        later counts."""
+        results: list[Result] = []
+        puts: dict[_Place, PutOp] = {}
+        with self._lock:
+            for op in ops:
+                if isinstance(op, PutOp):
+                    puts[op.namespace, op.key] = op
+                    results.append(None)
+                elif isinstance(op, GetOp):
+                    results.append(self._get(op))
+                elif isinstance(op, SearchOp):
+                    results.append(self._search(op))
+                elif isinstance(op, ListNamespacesOp):
+                    results.append(self._list_namespaces(op))
+                else:
+                    raise ValueError(f"Unknown operation type: {type(op)}")
+            written = [text for op in puts.values() if (text := self._put(op)) is not None]
+        if self._prefill and written:
+            self._mem.read(written)
+        return results
+
+    async def abatch(self, ops: Iterable[Op]) -> list[Result]:
+        return await asyncio.to_thread(self.batch, list(ops))
+
+    def _name(self, namespace: tuple[str, ...], key: str) -> str:
+        return "item:" + json.dumps([self._mem.settings.namespace, list(namespace), key])
+
+    def _put(self, op: PutOp) -> str | None:
+        """Write or delete; the text that is to be read."""
+        rows = self._mem.store.documents
+        name = self._name(op.namespace, op.key)
+        if op.value is None:
+            old = rows.pop(name, None)
+            if old is not None and self._prefill:
+                self._forget(json.loads(old))
+            return None
+        now = time.time()
+        raw = rows.get(name)
+        old_row = None if raw is None else json.loads(raw)
+        # What has expired is not there.
+        created = old_row["created"] if old_row is not None and not _expired(old_row, now) else now
+        fields = self._fields if op.index is None else op.index or []
+        row = {
+            "value": dict(op.value),
+            "created": created,
+            "order": created if old_row is None else old_row["order"],
+            "updated": now,
+            "ttl": op.ttl,
+            "expires": None if op.ttl is None else now + 60 * op.ttl,
+            "text": _text(op.value, fields),
+        }
+        try:
+            rows[name] = json.dumps(row)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"The value of {op.key!r} is not JSON: {error}. Use text, numbers, lists and mappings."
+            ) from None
+        if old_row is not None and self._prefill and old_row["text"] != row["text"]:
+            self._forget(old_row)
+        return str(row["text"]) or None
+
+    def _forget(self, row: _Row) -> None:
+        if row["text"]:
+            self._mem.forget_text(Document("item", row["text"]))
+
+    def _get(self, op: GetOp) -> Item | None:
+        raw = self._mem.store.documents.get(self._name(op.namespace, op.key))
+        if raw is None:
+            return None
+        row = json.loads(raw)
+        if _expired(row, time.time()):
+            return None
+        self._refresh(self._name(op.namespace, op.key), row, op.refresh_ttl)
+        return Item(value=row["value"], key=op.key, namespace=op.namespace, **_times(row))
+
+    def _refresh(self, name: str, row: _Row, wanted: bool) -> None:
+        if wanted and row["ttl"] is not None:
+            row["expires"] = time.time() + 60 * row["ttl"]
+            self._mem.store.documents[name] = json.dumps(row)
+
+    def _rows(self) -> Iterator[tuple[tuple[str, ...], str, _Row]]:
+        """Items that have not expired, in the order they were first put."""
+        start = "item:" + json.dumps([self._mem.settings.namespace])[:-1] + ","
+        now = time.time()
+        found = []
+        for name, raw in self._mem.store.documents.items():
+            if name.startswith(start):
+                _, namespace, key = json.loads(name.removeprefix("item:"))
+                row = json.loads(raw)
+                if not _expired(row, now):
+                    found.append((tuple(namespace), key, row))
+        return iter(sorted(found, key=lambda item: item[2]["order"]))
+
+    def _search(self, op: SearchOp) -> list[SearchItem]:
+        depth = len(op.namespace_prefix)
+        wanted = [
+            (namespace, key, row)
+            for namespace, key, row in self._rows()
+            if namespace[:depth] == op.namespace_prefix and _matches(row["value"], op.filter)
+        ]
+        scores: list[float | None] = [None] * len(wanted)
+        if op.query:
+            chunks = [Chunk(row["text"], key, 0, {}) for _, key, row in wanted]
+            scores = list(self._retriever.score(op.query, chunks))
+            order = sorted(range(len(wanted)), key=lambda i: (-(scores[i] or 0.0), wanted[i][2]["order"]))
+        else:
+            order = list(range(len(wanted)))
+        found = []
+        for i in order[op.offset : op.offset + op.limit]:
+            namespace, key, row = wanted[i]
+            self._refresh(self._name(namespace, key), row, op.refresh_ttl)
+            found.append(SearchItem(namespace, key, row["value"], **_times(row), score=scores[i]))
+        return found
+
+    def _list_namespaces(self, op: ListNamespacesOp) -> list[tuple[str, ...]]:
+        found = {namespace for namespace, _, _ in self._rows()}
+        kept = [ns for ns in found if all(_fits(condition, ns) for condition in op.match_conditions or ())]
+        cut = sorted({ns if op.max_depth is None else ns[: op.max_depth] for ns in kept})
+        return cut[op.offset : op.offset + op.limit]
+
+    def sweep_ttl(self) -> int:
+        """Remove what has expired; how many."""
+        start = "item:" + json.dumps([self._mem.settings.namespace])[:-1] + ","
+        rows, now = self._mem.store.documents, time.time()
+        with self._lock:
+            gone = [name for name, raw in rows.items() if name.startswith(start) and _expired(json.loads(raw), now)]
+            for name in gone:
+                raw = rows.pop(name, None)
+                if raw is not None and self._prefill:
+                    self._forget(json.loads(raw))
+        return len(gone)
+
+
+def _text(value: Mapping[str, Any], fields: list[str]) -> str:
+    """What is searched of a value."""
+    found = [
+        text for field in fields for text in get_text_at_path(value, field if field == "$" else tokenize_path(field))
+    ]
+    return "\n".join(found).strip()
+
+
+def _times(row: _Row) -> dict[str, Any]:
+    return {f"{name}_at": datetime.fromtimestamp(row[name], UTC) for name in ("created", "updated")}
+
+
+def _expired(row: _Row, now: float) -> bool:
+    return row["expires"] is not None and row["expires"] <= now
+
+
+def _fits(condition: MatchCondition, namespace: tuple[str, ...]) -> bool:
+    """Whether a namespace begins or ends as the condition says; "*" is any one label."""
+    path = condition.path
+    if len(namespace) < len(path):
+        return False
+    part = namespace[: len(path)] if condition.match_type == "prefix" else namespace[len(namespace) - len(path) :]
+    return all(wanted in ("*", label) for label, wanted in zip(part, path, strict=True))
+
+
+def _matches(value: Mapping[str, Any], wanted: Mapping[str, Any] | None) -> bool:
+    return all(_equals(value.get(name), expected) for name, expected in (wanted or {}).items())
+
+
+def _equals(value: Any, wanted: Any) -> bool:
+    """As LangGraph's stores compare: nested, and by operators such as {"$gt": 3}."""
+    if isinstance(wanted, Mapping):
+        if any(name.startswith("$") for name in wanted):
+            return all(_compares(value, operator, operand) for operator, operand in wanted.items())
+        return isinstance(value, Mapping) and all(_equals(value.get(name), part) for name, part in wanted.items())
+    if isinstance(wanted, (list, tuple)):
+        return (
+            isinstance(value, (list, tuple))
+            and len(value) == len(wanted)
+            and all(_equals(one, other) for one, other in zip(value, wanted, strict=True))
+        )
+    return bool(value == wanted)
+
+
+def _compares(value: Any, operator: str, operand: Any) -> bool:
+    if operator == "$eq":
+        return bool(value == operand)
+    if operator == "$ne":
+        return bool(value != operand)
+    order = {"$gt": float.__gt__, "$gte": float.__ge__, "$lt": float.__lt__, "$lte": float.__le__}.get(operator)
+    if order is None:
+        raise ValueError(f"Unsupported operator: {operator}")
+    return value is not None and bool(order(float(value), float(operand)))

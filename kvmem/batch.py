@@ -1,0 +1,76 @@
+"""Decoding several answers at once behind one prefix, by transformers' own `generate`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from kvmem.answer import FinishReason
+from kvmem.cache import BlendedCache
+from kvmem.errors import InputError
+from kvmem.generate import Generated, Sampling, call_generate, cut_at_stop, ends
+from kvmem.model import LanguageModel
+from kvmem.shared import SharedCache, left_padded
+
+
+def generate_together(
+    model: LanguageModel,
+    prefix: BlendedCache,
+    prefix_ids: Sequence[int],
+    queries: Sequence[Sequence[int]],
+    sampling: Sampling,
+) -> list[Generated]:
+    """Answer every query behind `prefix_ids`, whose rows `prefix` holds and keeps. Raises InputError."""
+    if sampling.schema is not None:
+        raise InputError("Answers in JSON are decoded one at a time. Ask one question after the other.")
+    end = ends(model, sampling)
+    rows, padding = left_padded(queries, end[0], model.device)
+    before = torch.tensor(list(prefix_ids), device=model.device).expand(len(queries), -1)
+    prompt = torch.cat([before, rows], dim=1)
+    seen = torch.ones_like(prompt)
+    places = torch.arange(rows.shape[1], device=model.device)
+    seen[:, len(prefix_ids) :] = (places >= padding[:, None]).long()
+    cache = SharedCache(prefix, padding, rows.shape[1] + sampling.max_tokens)
+    watch = _Watch(model, sampling, prompt.shape[1])
+    with cache.attending(model):
+        found = call_generate(
+            model,
+            sampling,
+            (),
+            input_ids=prompt,
+            attention_mask=seen,
+            past_key_values=cache,
+            stopping_criteria=StoppingCriteriaList([watch]),
+        )
+    return [_read(model, ids, end, sampling, watch.first_token) for ids in found[:, prompt.shape[1] :].tolist()]
+
+
+def _read(model: LanguageModel, ids: list[int], end: list[int], sampling: Sampling, first_token: float) -> Generated:
+    """One answer: `ids` up to the first that ends it, or up to the stop string; padding behind it is dropped."""
+    kept = list(takewhile(lambda token: token not in end, ids))
+    kept += ids[len(kept) : len(kept) + 1]
+    stopped, text = cut_at_stop(str(model.tokenizer.decode(kept, skip_special_tokens=True)), sampling.stop)
+    reason: FinishReason = "stop" if stopped or kept[-1] in end else "length"
+    return Generated(text, tuple(kept), reason, first_token)
+
+
+class _Watch(StoppingCriteria):
+    """Ends every row at its stop string, and notes when the first tokens were there."""
+
+    def __init__(self, model: LanguageModel, sampling: Sampling, prompt: int) -> None:
+        self._decode, self._stop, self._prompt = model.tokenizer.decode, sampling.stop, prompt
+        self.first_token = 0.0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.first_token = self.first_token or time.perf_counter()
+        done = [bool(self._stop) and self._has_stopped(row) for row in input_ids[:, self._prompt :].tolist()]
+        return torch.tensor(done, device=input_ids.device)
+
+    def _has_stopped(self, ids: list[int]) -> bool:
+        return cut_at_stop(str(self._decode(ids, skip_special_tokens=True)), self._stop)[0]

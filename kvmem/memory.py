@@ -1,0 +1,176 @@
+"""Memory: short texts about a user or a task, kept across restarts, each with its own cache."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from uuid import uuid4
+
+from kvmem.document import Chunk, Document, Metadata, as_document
+from kvmem.engine import KVMem
+from kvmem.errors import InputError, UnknownMemoryError
+from kvmem.retrieve import BM25Retriever
+
+_HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class MemoryItem:
+    """One memory. importance: in [0, 1]. pinned: always recalled, and first: a user's profile, for example. created,
+    updated: seconds since 1970."""
+
+    id: str
+    text: str
+    metadata: Metadata = field(default_factory=dict)
+    importance: float = 0.5
+    pinned: bool = False
+    created: float = 0.0
+    updated: float = 0.0
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """A memory that was found. score: see `Memory.recall`."""
+
+    item: MemoryItem
+    score: float
+
+
+class Memory:
+    """The memories of one space within an engine's namespace.
+
+    space: keeps memories of several kinds or agents apart; users are kept apart by the engine's namespace, see
+        `KVMem.forget_user`. decay: by how much a memory fades in an hour.
+    May be used from any thread.
+    """
+
+    def __init__(
+        self, mem: KVMem, space: str = "default", *, decay: float = 0.995, clock: Callable[[], float] = time.time
+    ) -> None:
+        if not isinstance(space, str) or not space:
+            raise InputError(f"space={space!r} cannot be used. Give a text that is not empty.")
+        if not 0 < decay <= 1:
+            raise InputError(f"decay={decay!r} is outside (0, 1].")
+        self.mem, self.space = mem, space
+        self._decay, self._clock = decay, clock
+        self._rows = mem.store.documents
+        self._words = BM25Retriever()
+
+    def _name(self, identity: str) -> str:
+        return "memory:" + json.dumps([self.mem.settings.namespace, self.space, identity])
+
+    def remember(
+        self,
+        text: str,
+        *,
+        id: str | None = None,  # noqa: A002
+        metadata: Metadata | None = None,
+        importance: float = 0.5,
+        pinned: bool = False,
+    ) -> MemoryItem:
+        """Keep a text, and read it once. One of the same id is replaced. Raises InputError, EmptyInputError."""
+        document = as_document(text, id or uuid4().hex, metadata)
+        now = self._clock()
+        old = self._find(document.id)
+        created = now if old is None else old.created
+        item = MemoryItem(document.id, document.text, document.metadata, importance, pinned, created, now)
+        return self._write(item, old)
+
+    def update(
+        self,
+        id: str,  # noqa: A002
+        *,
+        text: str | None = None,
+        metadata: Metadata | None = None,
+        importance: float | None = None,
+        pinned: bool | None = None,
+    ) -> MemoryItem:
+        """Change what is given of a memory. Raises UnknownMemoryError, InputError, EmptyInputError."""
+        old = self.get(id)
+        given: dict[str, Any] = {"importance": importance, "pinned": pinned}
+        changed = replace(old, **{name: value for name, value in given.items() if value is not None})
+        document = as_document(old.text if text is None else text, id, old.metadata if metadata is None else metadata)
+        item = replace(changed, text=document.text, metadata=document.metadata, updated=self._clock())
+        return self._write(item, old)
+
+    def _write(self, item: MemoryItem, old: MemoryItem | None) -> MemoryItem:
+        if isinstance(item.importance, bool) or not isinstance(item.importance, (int, float)):
+            raise InputError(f"importance={item.importance!r} is not a number. Give one in [0, 1].")
+        if not 0 <= item.importance <= 1:
+            raise InputError(f"importance={item.importance} is outside [0, 1].")
+        self.mem.read([_document(item)])
+        self._rows[self._name(item.id)] = json.dumps({**vars(item), "metadata": dict(item.metadata)})
+        if old is not None and old.text != item.text:
+            self.mem.forget_text(_document(old))
+        return item
+
+    def get(self, id: str) -> MemoryItem:  # noqa: A002
+        """Raises UnknownMemoryError."""
+        item = self._find(id)
+        if item is None:
+            raise UnknownMemoryError(f"There is no memory {id!r} in space {self.space!r}. list() names them.")
+        return item
+
+    def _find(self, identity: str) -> MemoryItem | None:
+        raw = self._rows.get(self._name(identity))
+        return None if raw is None else MemoryItem(**json.loads(raw))
+
+    def list(self) -> Sequence[MemoryItem]:
+        """All, oldest first."""
+        start = self._name("")[: -len('""]')]
+        items = [MemoryItem(**json.loads(raw)) for name, raw in self._rows.items() if name.startswith(start)]
+        return sorted(items, key=lambda item: (item.created, item.id))
+
+    def forget(self, id: str) -> None:  # noqa: A002
+        """Remove a memory, and its caches if no other text needs them. Raises UnknownMemoryError."""
+        item = self.get(id)
+        del self._rows[self._name(id)]
+        self.mem.forget_text(_document(item))
+
+    def clear(self) -> None:
+        """Forget everything in this space."""
+        for item in self.list():
+            self.forget(item.id)
+
+    def recall(
+        self, query: str, k: int = 5, *, where: Mapping[str, Any] | None = None, minimum: float = 0.0
+    ) -> Sequence[Recalled]:
+        """The `k` memories that matter most for `query`, best first; pinned ones come before them and do not count.
+
+        The score is the mean of relevance (BM25, the best memory's being 1), importance, and recency (decay to the
+        power of the hours since it was last changed), as in Generative Agents (Park et al., UIST 2023).
+        where: values that a memory's metadata must have. minimum: of the relevance, in [0, 1].
+        Raises InputError.
+        """
+        if k < 0:
+            raise InputError(f"k={k} is below 0.")
+        wanted = dict(where or {})
+        items = [i for i in self.list() if all(i.metadata.get(name) == value for name, value in wanted.items())]
+        chunks = [Chunk(item.text, item.id, 0, item.metadata) for item in items]
+        relevance = self._words.score(query, chunks) if query.strip() else [0.0] * len(items)
+        best = max(relevance, default=0.0) or 1.0
+        now = self._clock()
+        found = []
+        for item, relevant in zip(items, relevance, strict=True):
+            recency = math.pow(self._decay, max(0.0, now - item.updated) / _HOUR)
+            if item.pinned or relevant / best >= minimum:
+                found.append(Recalled(item, (relevant / best + item.importance + recency) / 3))
+        pinned = [r for r in found if r.item.pinned]
+        rest = sorted((r for r in found if not r.item.pinned), key=lambda r: (-r.score, r.item.created))
+        return [*pinned, *rest[:k]]
+
+    def context(self, query: str, k: int = 5, **options: Any) -> Sequence[Document]:
+        """What `recall` finds, as context for `KVMem.chat`: pinned memories first, then the others, oldest first, so
+        that what is recalled again stands where it stood."""
+        found = self.recall(query, k, **options)
+        ordered = sorted(found, key=lambda r: (not r.item.pinned, r.item.created, r.item.id))
+        return [_document(r.item) for r in ordered]
+
+
+def _document(item: MemoryItem) -> Document:
+    """A memory is one chunk."""
+    return Document(f"memory/{item.id}", item.text, item.metadata, (item.text,))

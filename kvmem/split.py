@@ -1,0 +1,167 @@
+"""Cutting texts at natural ends that their content chooses, and the headings that a piece stands under."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from kvmem.settings import SplitSettings
+
+# Where a text may be cut, strongest first: before a heading, after a blank line, after a line, after a sentence.
+_CUTS = (
+    re.compile(r"(?<=\n)(?=#{1,6} )"),
+    re.compile(r"(?<=\n)[ \t]*\n+"),
+    re.compile(r"\n"),
+    re.compile(r"(?<=[.!?;])[ \t]+|(?<=[。！？；])"),
+)
+_WORDS = re.compile(r"\s+")
+_BLANK_LINE = 2
+_LONG_PIECE, _LONGEST_PIECE = 192, 512
+
+
+def split(text: str, count_tokens: Callable[[str], int], settings: SplitSettings) -> tuple[str, ...]:
+    """Cut `text` into chunks that concatenate to it, each at most `settings.maximum` tokens.
+
+    Parts longer than the target are cut in two at a heading or a blank line, and those longer than the maximum at
+    whatever there is, as long as both sides keep the minimum. Of the possible ends the strongest is taken; among
+    equals, the one before the text with the largest digest. An end is chosen from the whole part, so an edit moves the
+    ends in its own neighbourhood only (content-defined chunking as in LBFS, SOSP'01, without its running window).
+    """
+    atoms = _atoms(text, count_tokens, settings.maximum)
+    ends = [0, *accumulate(atom.tokens for atom in atoms)]
+    ranks = [(atom.strength, _digest(after.text)) for atom, after in pairwise(atoms)]
+    chunks: list[str] = []
+    parts = [(0, len(atoms))]
+    while parts:
+        first, last = parts.pop()
+        cut = _cut(ends, ranks, first, last, settings)
+        if cut is not None:
+            parts += [(cut, last), (first, cut)]
+        elif first < last:
+            chunks.append("".join(atom.text for atom in atoms[first:last]))
+    return tuple(chunks)
+
+
+def _cut(
+    ends: Sequence[int], ranks: Sequence[tuple[int, str]], first: int, last: int, settings: SplitSettings
+) -> int | None:
+    """Where the atoms [first, last) are cut in two; None if they stay one chunk."""
+    size = ends[last] - ends[first]
+    if size <= min(settings.target, settings.maximum) or last - first < 2:
+        return None
+    low = max(first + 1, bisect_left(ends, ends[first] + settings.minimum))
+    high = min(last - 1, bisect_right(ends, ends[last] - settings.minimum) - 1)
+    if low > high:
+        if size <= settings.maximum:
+            return None
+        # No cut leaves the minimum on both sides: the one nearest to the middle.
+        return min(range(first + 1, last), key=lambda i: abs(2 * ends[i] - ends[first] - ends[last]))
+    middle = (ends[first] + ends[last]) / 2
+    best = max(range(low, high + 1), key=lambda i: (ranks[i - 1], -abs(ends[i] - middle)))
+    return best if size > settings.maximum or ranks[best - 1][0] >= _BLANK_LINE else None
+
+
+def segment(text: str, count_tokens: Callable[[str], int], minimum: int) -> tuple[str, ...]:
+    """Cut `text` where a text inside it, wherever it stands, would be cut too; the pieces concatenate to it.
+
+    Every paragraph of `minimum` tokens is a piece of its own; shorter ones are joined with each other. Long paragraphs
+    are cut at ends of lines and sentences that are chosen by their surrounding text alone, and at the latest where
+    `split` would.
+    """
+    pieces: list[str] = []
+    small, size = "", 0
+    for part, tokens in _paragraphs(_atoms(text, count_tokens, _LONGEST_PIECE)):
+        if tokens >= minimum and small:
+            pieces.append(small)
+            small, size = "", 0
+        small, size = small + part, size + tokens
+        if size >= minimum:
+            pieces.append(small)
+            small, size = "", 0
+    return (*pieces, small) if small else tuple(pieces)
+
+
+def _paragraphs(atoms: Sequence[_Atom]) -> Iterator[tuple[str, int]]:
+    """Paragraphs, and pieces of long ones, with their tokens."""
+    part, size = "", 0
+    for index, atom in enumerate(atoms):
+        part, size = part + atom.text, size + atom.tokens
+        following = atoms[index + 1] if index + 1 < len(atoms) else None
+        chosen = following is not None and size >= _LONG_PIECE and _digest(atom.text + following.text)[0] in "0123"
+        full = following is not None and size + following.tokens > _LONGEST_PIECE
+        if following is None or atom.strength >= _BLANK_LINE or chosen or full:
+            yield part, size
+            part, size = "", 0
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Atom:
+    """A piece that is never cut. strength: how natural it is to cut after it, higher is better."""
+
+    text: str
+    tokens: int
+    strength: int
+
+
+def _atoms(text: str, count_tokens: Callable[[str], int], maximum: int) -> list[_Atom]:
+    ends: dict[int, int] = {}
+    for strength, pattern in enumerate(reversed(_CUTS)):
+        for match in pattern.finditer(text):
+            ends[match.end()] = strength
+    atoms: list[_Atom] = []
+    start = 0
+    for end in sorted({*ends, len(text)}):
+        if end > start:
+            atoms += _fit(text[start:end], ends.get(end, 0), count_tokens, maximum)
+            start = end
+    return atoms
+
+
+def _fit(text: str, strength: int, count_tokens: Callable[[str], int], maximum: int) -> list[_Atom]:
+    """`text` as one atom, or as several when it is longer than `maximum` tokens."""
+    size = count_tokens(text)
+    if size <= maximum or len(text) == 1:
+        return [_Atom(text, size, strength)]
+    middle = len(text) // 2
+    spaces = [m.end() for m in _WORDS.finditer(text) if 0 < m.end() < len(text)]
+    cut = min(spaces, key=lambda s: abs(s - middle)) if spaces else middle
+    left = _fit(text[:cut], 0, count_tokens, maximum)
+    return left + _fit(text[cut:], strength, count_tokens, maximum)
+
+
+_HEADING = re.compile(r"^(#{1,6})[ \t]+(.+?)[ \t#]*$")
+_FENCE = re.compile(r"^[ \t]*(```|~~~)")
+
+
+def headings(chunks: Sequence[str], title: str | None) -> list[str]:
+    """For every chunk of a Markdown text, a line with the title and the headings that it continues under.
+
+    A heading at the very start of a chunk is there anyway, and so is the title if it stands in the first line; lines in
+    code blocks are no headings. "" where there is nothing to say.
+    """
+    lines = []
+    open_ones: dict[int, str] = {}
+    fenced = False
+    for number, chunk in enumerate(chunks):
+        rows = chunk.strip("\n").splitlines() or [""]
+        own = None if fenced else _HEADING.match(rows[0])
+        level = len(own.group(1)) if own else 7
+        path = [text for depth, text in sorted(open_ones.items()) if depth < level]
+        if title and title not in path and not (number == 0 and title in rows[0]):
+            path.insert(0, title)
+        lines.append(" > ".join(path) + "\n\n" if path and not (own and own.group(2) in path) else "")
+        for row in rows:
+            if _FENCE.match(row):
+                fenced = not fenced
+            elif not fenced and (found := _HEADING.match(row)):
+                depth = len(found.group(1))
+                open_ones = {d: text for d, text in open_ones.items() if d < depth} | {depth: found.group(2)}
+    return lines

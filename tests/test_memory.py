@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import open_mem
+
+from kvmem import EmptyInputError, InputError, KVMem, LanguageModel, Memory, UnknownMemoryError, UnknownThreadError
+from kvmem.prompt import Prompt, Span
+from kvmem.store.forget import namespace_of
+from kvmem.thread import Branch, recut
+
+HELLO = [{"role": "user", "content": "Hello, who leaves at nine in the evening?"}]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1e9
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+@pytest.fixture
+def memory(mem: KVMem) -> Memory:
+    return Memory(mem, clock=Clock())
+
+
+def test_memories_are_kept_changed_and_forgotten(memory: Memory, model: LanguageModel, tmp_path: Path) -> None:
+    """By id, with metadata, across a restart; what is not there is an error that says so."""
+    item = memory.remember("Anna likes ferries.", metadata={"kind": "taste"}, importance=0.9)
+    profile = memory.remember("The user is Anna, a baker.", id="profile", pinned=True)
+    assert memory.list() == [item, profile]
+    changed = memory.update(item.id, text="Anna likes night trains.", importance=0.2)
+    assert (changed.created, changed.metadata, changed.importance) == (item.created, {"kind": "taste"}, 0.2)
+    assert changed.updated > item.updated
+    memory.mem.close()
+    with open_mem(model, tmp_path / "kv") as mem:
+        again = Memory(mem)
+        assert again.get(item.id) == changed
+        assert Memory(mem, "other").list() == []
+        again.forget(item.id)
+        with pytest.raises(UnknownMemoryError, match="list"):
+            again.get(item.id)
+        again.clear()
+        assert again.list() == []
+
+
+def test_what_matters_is_recalled(memory: Memory) -> None:
+    """By words, importance and age; pinned ones always, and filters hold."""
+    memory.remember("The user is Anna.", pinned=True)
+    ferry = memory.remember("The ferry leaves at nine.", metadata={"kind": "fact"})
+    bread = memory.remember("Bread is baked at four.", importance=1.0)
+    tram = memory.remember("The tram is late.", metadata={"kind": "fact"})
+    found = memory.recall("When does the ferry leave?", 2)
+    assert [r.item.text for r in found] == ["The user is Anna.", ferry.text, bread.text]
+    assert found[1].score > found[2].score
+    assert [r.item.id for r in memory.recall("ferry", 3, where={"kind": "fact"})] == [ferry.id, tram.id]
+    assert [r.item.id for r in memory.recall("ferry", 5, minimum=0.5)][1:] == [ferry.id]
+    assert len(memory.recall("", 5)) == 4
+    assert [d.text for d in memory.context("When does the ferry leave?", 2)] == [
+        "The user is Anna.",
+        ferry.text,
+        bread.text,
+    ]
+
+
+def test_old_memories_fade(mem: KVMem) -> None:
+    """Of two that are alike, the later one comes first; a change makes one young again."""
+    clock = Clock()
+    memory = Memory(mem, clock=clock)
+    old = memory.remember("The ferry leaves at nine.")
+    clock.now += 1000 * 3600
+    young = memory.remember("The ferry leaves at ten.")
+    assert [r.item.id for r in memory.recall("ferry leaves", 2)] == [young.id, old.id]
+    clock.now += 1000 * 3600
+    memory.update(old.id, importance=0.5)
+    assert [r.item.id for r in memory.recall("ferry leaves", 1)] == [old.id]
+
+
+def test_a_memory_is_read_when_it_is_made_and_not_again(memory: Memory, mem: KVMem) -> None:
+    """A prompt with it computes the message only; forgetting frees its caches."""
+    first = memory.remember("The ferry leaves at nine in the evening, from the long pier. " * 3)
+    second = memory.remember("Bread is baked at four in the morning, in the old bakery. " * 3)
+    answer = mem.chat(HELLO, context=memory.context("ferry, bread"), max_tokens=2)
+    assert answer.usage.computed < 120
+    assert answer.usage.exact + answer.usage.reused + answer.usage.recomputed > 300
+    before = mem.stats().store.entries
+    memory.forget(first.id)
+    assert mem.stats().store.entries < before
+    memory.update(second.id, text="Something else entirely.")
+    assert mem.chat(HELLO, context=memory.context("?"), max_tokens=2).sources[0].text == "Something else entirely."
+
+
+def test_bad_memories_are_errors(memory: Memory) -> None:
+    """Empty, of the wrong type, out of bounds: nothing is kept."""
+    with pytest.raises(EmptyInputError):
+        memory.remember("  ")
+    for importance in (2.0, -1, "much", True):
+        with pytest.raises(InputError, match="importance"):
+            memory.remember("text", importance=importance)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="JSON"):
+        memory.remember("text", metadata={"a": object()})
+    with pytest.raises(InputError, match="k=-1"):
+        memory.recall("?", -1)
+    with pytest.raises(InputError, match="space"):
+        Memory(memory.mem, "")
+    with pytest.raises(InputError, match="decay"):
+        Memory(memory.mem, decay=0)
+    assert memory.list() == []
+
+
+# Conversations
+
+
+def in_letters(model: LanguageModel) -> dict[str, Any]:
+    """Options for answers that are the same tokens when they are read again, which random bytes are not."""
+    letters = set(model.tokenize("abcdefghijklmnopqrstuvwxyz .,", markup=False))
+    return {"suppress_tokens": [token for token in range(300) if token not in letters]}
+
+
+def test_a_conversation_goes_on_after_a_restart_as_if_there_had_been_none(model: LanguageModel, tmp_path: Path) -> None:
+    """Its messages are there, at least 90% comes from disk exactly, and the answer is the same."""
+    plain = in_letters(model)
+    with open_mem(model, tmp_path / "kv", max_tokens=24) as mem:
+        first = mem.chat(HELLO, thread="t", **plain)
+        messages = [*HELLO, {"role": "assistant", "content": first.text}, {"role": "user", "content": "And?"}]
+        uninterrupted = mem.chat(messages, thread="t", **plain)
+        assert uninterrupted.usage.computed < 30
+        assert mem.history("t")[-1] == {"role": "assistant", "content": uninterrupted.text}
+        mem.forget_thread("t")
+        assert mem.chat(HELLO, thread="t", **plain).text == first.text
+    with open_mem(model, tmp_path / "kv", max_tokens=24) as mem:
+        assert mem.threads() == ["t"]
+        assert mem.history("t") == messages[:2]
+        resumed = mem.chat([*mem.history("t"), messages[2]], thread="t", **plain)
+        assert resumed.text == uninterrupted.text
+        known = len(model.tokenize(model.render(messages[:2]), markup=True)) - 30
+        assert resumed.usage.exact >= 0.9 * known
+        assert resumed.usage.reused == 0
+
+
+def test_branches_of_a_conversation_find_what_they_share(model: LanguageModel, tmp_path: Path) -> None:
+    """A retry and an edited message reuse the longest common beginning, from disk too."""
+    plain = in_letters(model)
+    long = {"role": "user", "content": "The harbour has a pier, and the pier has boats. " * 4}
+    with open_mem(model, tmp_path / "kv") as mem:
+        first = mem.chat([long], thread="t", **plain)
+        told = [long, {"role": "assistant", "content": first.text}]
+        for question in ("And the boats?", "And the pier?"):
+            mem.chat([*told, {"role": "user", "content": question}], thread="t", **plain)
+    for question in ("And the boats?", "And the pier?", "And the harbour?"):
+        with open_mem(model, tmp_path / "kv") as mem:
+            answer = mem.chat([*told, {"role": "user", "content": question}], thread="t", **plain)
+            assert answer.usage.exact > 200
+            assert answer.usage.computed < 40
+            assert answer.usage.reused == 0
+
+
+def test_threads_are_named_listed_and_forgotten(mem: KVMem) -> None:
+    """An unknown one is an error; forgetting leaves documents and other threads."""
+    mem.add("The ferry leaves at nine.", id="ferry")
+    mem.chat(HELLO, thread="a")
+    mem.chat(HELLO, thread="b")
+    assert mem.threads() == ["a", "b"]
+    mem.forget_thread("a")
+    assert mem.threads() == ["b"]
+    with pytest.raises(UnknownThreadError, match="'a'"):
+        mem.history("a")
+    with pytest.raises(UnknownThreadError):
+        mem.forget_thread("a")
+    with pytest.raises(InputError, match="thread="):
+        mem.chat(HELLO, thread="")
+    assert mem.ask("When?", max_tokens=1).usage.reused == 0
+
+
+def test_a_prompt_is_cut_as_the_branch_that_shares_most() -> None:
+    """Up to its last common edge; behind that as it was, and something is always left to read."""
+    spans = (Span((1, 2, 3, 4)), Span((5, 6, 7)))
+    prompt = Prompt(spans, (8, 9))
+    cut = recut(prompt, [Branch((1, 2, 9), (2, 3)), Branch((1, 2, 3, 4, 5, 6), (2, 4, 6))])
+    assert [span.token_ids for span in cut.spans] == [(1, 2), (3, 4), (5, 6), (7,)]
+    assert cut.query == (8, 9)
+    whole = recut(prompt, [Branch((1, 2, 3, 4, 5, 6, 7, 8, 9), (4, 8, 9))])
+    assert [span.token_ids for span in whole.spans] == [(1, 2, 3, 4), (5, 6, 7, 8)]
+    assert whole.query == (9,)
+    assert whole.spans[0] is spans[0]
+    assert recut(prompt, []) is prompt
+    assert recut(prompt, [Branch((7, 7), (1, 2))]) is prompt
+
+
+# Tenants
+
+MARKER = "zanzibar-4711-quokka"
+
+
+def fill(mem: KVMem) -> None:
+    mem.add(f"The secret is {MARKER}. " * 5, id=f"doc-{MARKER}", metadata={"title": MARKER})
+    Memory(mem).remember(f"The user likes {MARKER}.", id=f"m-{MARKER}")
+    mem.chat([{"role": "user", "content": f"Hello from {MARKER}. " * 5}], thread=f"t-{MARKER}", max_tokens=2)
+    mem.ask("What is it?", context=[f"Pasted {MARKER} text. " * 5], max_tokens=1)
+
+
+def contents(directory: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file())
+
+
+def test_a_user_is_forgotten_to_the_last_byte(model: LanguageModel, tmp_path: Path) -> None:
+    """No file holds the texts, the token ids or the keys of the user's caches; the others' are untouched."""
+    with open_mem(model, tmp_path / "kv", namespace="user-eve@example.org") as eve:
+        fill(eve)
+        digests = {key.tokens for key in eve.store.keys("user-eve@example.org")}
+    with open_mem(model, tmp_path / "kv", namespace="bob") as bob:
+        bob.add("The ferry leaves at nine.", id="ferry")
+        before = bob.ask("When?").text
+        everything = contents(tmp_path / "kv")
+        assert MARKER.encode() in everything
+        assert digests
+        assert all(digest.encode() in everything for digest in digests)
+        bob.forget_user("user-eve@example.org")
+        left = contents(tmp_path / "kv")
+        assert MARKER.encode() not in left
+        assert b"user-eve" not in left
+        assert not any(digest.encode() in left for digest in digests - {k.tokens for k in bob.store.keys("bob")})
+        assert bob.ask("When?").text == before
+    assert MARKER.encode() not in contents(tmp_path / "kv")
+    ids = model.tokenize(f"The secret is {MARKER}.", markup=False)[5:25]
+    import numpy as np
+
+    for dtype in ("<i4", "<i8"):
+        assert np.array(ids, dtype=dtype).tobytes() not in contents(tmp_path / "kv")
+    with open_mem(model, tmp_path / "kv", namespace="user-eve@example.org") as eve:
+        assert eve.list() == ()
+        assert eve.threads() == []
+        assert Memory(eve).list() == []
+
+
+def test_an_engine_that_forgets_its_own_user_goes_on(mem: KVMem) -> None:
+    """Nothing is served from memory either."""
+    fill(mem)
+    assert mem.forget_user() > 0
+    assert mem.list() == ()
+    assert mem.stats().store.entries == 0
+    answer = mem.ask("What is it?", context=[f"Pasted {MARKER} text. " * 5], max_tokens=1)
+    assert answer.usage.exact == 0
+    assert answer.usage.reused == 0
+
+
+def test_nothing_of_another_tenant_is_reached(model: LanguageModel, tmp_path: Path) -> None:
+    """Two hundred probes through every method, with names that try to break out: none is answered."""
+    with open_mem(model, tmp_path / "kv", namespace="victim") as mem:
+        fill(mem)
+        victim = mem.stats().store.entries
+    names = [f"probe{n}" for n in range(12)]
+    names += ['victim", "x', "victim/..", "../victim", "vict%", "victim\0", "Victim", "", "*", "victim,"]
+    names = [name for name in names if name]
+    probes = 0
+    for name in names:
+        with open_mem(model, tmp_path / "kv", namespace=name) as mem:
+            memory = Memory(mem)
+            found: list[object] = [*mem.list(), *mem.threads(), *memory.list(), *memory.recall(MARKER)]
+            found += mem.retrieve(MARKER, 3)
+            for ask in (
+                lambda: mem.get(f"doc-{MARKER}"),
+                lambda: mem.history(f"t-{MARKER}"),
+                lambda: memory.get(f"m-{MARKER}"),  # noqa: B023
+                lambda: mem.remove(f"doc-{MARKER}"),
+                lambda: memory.forget(f"m-{MARKER}"),  # noqa: B023
+                lambda: mem.forget_thread(f"t-{MARKER}"),
+            ):
+                with pytest.raises(LookupError) as error:
+                    ask()
+                assert f"doc-{MARKER}'." not in str(error.value).replace(f"document 'doc-{MARKER}'", "")
+                probes += 1
+            answer = mem.ask("What is it?", context=[f"Pasted {MARKER} text. " * 5], max_tokens=1)
+            assert answer.usage.exact == answer.usage.reused == 0
+            mem.clear()
+            probes += 7
+            assert found == []
+    assert probes >= 200
+    with open_mem(model, tmp_path / "kv", namespace="victim") as mem:
+        assert mem.stats().store.entries == victim
+        assert mem.threads() == [f"t-{MARKER}"]
+        assert len(Memory(mem).list()) == 1
+
+
+def test_rows_name_their_tenant() -> None:
+    """With or without a word before the list; what is no such name belongs to nobody."""
+    assert namespace_of('["a", "id"]') == "a"
+    assert namespace_of('thread:["a:[b]", "t"]') == "a:[b]"
+    for name in ("x", "thread:[", "[]", "{}"):
+        assert namespace_of(name) is None
+    assert os.sep not in "thread:"

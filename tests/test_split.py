@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvmem.settings import SplitSettings
+from kvmem.split import headings, split
+
+SIZES = SplitSettings(minimum=10, target=30, maximum=40)
+
+
+def words(text: str) -> int:
+    return max(1, len(text.split()), len(text) // 8)
+
+
+@settings(max_examples=200)
+@given(st.text(alphabet=st.sampled_from("ab. \n#。,é漢"), max_size=600))
+def test_splitting_loses_nothing_and_keeps_its_bounds(text: str) -> None:
+    """Chunks concatenate to the text, and none is longer than the maximum."""
+    chunks = split(text, words, SIZES)
+    assert "".join(chunks) == text
+    assert all(chunks)
+    assert all(words(chunk) <= SIZES.maximum + 5 for chunk in chunks)
+
+
+def test_one_endless_line_is_cut() -> None:
+    """Text without any natural end is cut all the same."""
+    chunks = split("x" * 5000, words, SIZES)
+    assert "".join(chunks) == "x" * 5000
+    assert max(map(len, chunks)) <= 8 * 41
+
+
+def test_cuts_are_made_at_headings_before_lines_before_sentences() -> None:
+    """The strongest end is taken, and what has no strong one is left whole up to the maximum."""
+    text = "One sentence of six words here. " * 3 + "\n## Next part\n" + "Another sentence of six words. " * 6
+    first, *_ = split(text, words, SIZES)
+    assert first.endswith("\n")
+    assert "Next part" not in first
+    assert len(split("Word " * 35, words, SIZES)) == 1
+
+
+KINDS = {
+    "prose": "\n\n".join(
+        f"Paragraph {n} is about {n * 37 % 101}. It goes on for a while, with {n} words and more. It ends here."
+        for n in range(120)
+    ),
+    "markdown": "\n".join(f"## Part {n}\n\nText of part {n}.\n\n- first {n}\n- second {n * 7}\n" for n in range(120)),
+    "code": "\n\n".join(
+        f"def function_{n}(x):\n    y = x + {n}\n    if y > {n * 3}:\n        return {n}\n    return y"
+        for n in range(120)
+    ),
+    "csv": "\n".join(f"{n},{n * 17 % 113},name {n},{n * 3.5}" for n in range(700)),
+    "chinese": "".join(f"第{n}段讲的是第{n * 31 % 97}个问题。它很短。\n" for n in range(500)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("edit", ["insert", "delete", "change"])
+def test_an_edit_anywhere_changes_two_chunks_at_most(kind: str, edit: str) -> None:
+    """In prose, Markdown, code, CSV and Chinese: nearly always one chunk or two, wherever the line stands."""
+    sizes = SplitSettings(minimum=64, target=160, maximum=256)
+    before = set(split(KINDS[kind], words, sizes))
+    lines = KINDS[kind].split("\n")
+    draw = random.Random(0)
+    changed = []
+    for place in [0, len(lines) // 2, len(lines) - 1, *(draw.randrange(len(lines)) for _ in range(60))]:
+        edited = list(lines)
+        if edit == "insert":
+            edited.insert(place, "An entirely new line, 4711.")
+        elif edit == "delete":
+            del edited[place]
+        else:
+            edited[place] += " And 4711."
+        text = "\n".join(edited)
+        after = split(text, words, sizes)
+        assert "".join(after) == text
+        changed.append(len(set(after) - before))
+    assert sum(count <= 2 for count in changed) >= 0.9 * len(changed)
+    assert max(changed) <= 4
+
+
+def test_chunks_carry_the_headings_they_continue_under() -> None:
+    """Title and heading path, but not what the chunk says itself; code is no heading."""
+    chunks = [
+        "# Lease\n\nIntro.\n\n",
+        "## Rent\n\nIt is due.\n\n",
+        "It is late.\n```\n# no\n```\n",
+        "## Keys\n\nTwo.\n",
+    ]
+    assert headings(chunks, None) == ["", "Lease\n\n", "Lease > Rent\n\n", "Lease\n\n"]
+    assert headings(chunks, "Harbour Road") == [
+        "Harbour Road\n\n",
+        "Harbour Road > Lease\n\n",
+        "Harbour Road > Lease > Rent\n\n",
+        "Harbour Road > Lease\n\n",
+    ]
+    assert headings(["plain\n", "text\n"], None) == ["", ""]
+    assert headings(["The Lease\n", "text\n"], "Lease") == ["", "Lease\n\n"]
