@@ -2,53 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kvmem import Answer, Document, KVMem, KVMemError, LanguageModel, ModelSettings, StoreError
+from kvmem import Answer, Document, KVMem, LanguageModel, ModelSettings, StoreError
+from kvmem.bench.cli import bench
+from kvmem.console import Model, Threads, err, errors, out
 from kvmem.document import as_document
 from kvmem.files import SUFFIXES
 
 app = typer.Typer(help="Ask questions over documents that the model has read once.", no_args_is_help=True)
-bench = typer.Typer(help="Benchmarks; each writes JSON and prints a table.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-out = Console()
-err = Console(stderr=True)
 
-Model = Annotated[str, typer.Option(envvar="KVMEM_MODEL", help="Hub id, directory, GGUF file or 'smollm2'.")]
 StorePath = Annotated[Path, typer.Option("--store", envvar="KVMEM_STORE", help="Where caches are kept.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")]
 Namespace = Annotated[str, typer.Option(envvar="KVMEM_NAMESPACE", help="Whose documents these are.")]
 DEFAULT_STORE = Path(".kvmem")
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
-    """Errors are told in one line instead of a traceback, and loading shows no bars of its own."""
-    from transformers.utils import logging as transformers_logging
-
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    except KVMemError as error:
-        err.print(f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-
-
-@contextmanager
 def _opened(model: str, store: Path, threads: int | None, namespace: str) -> Iterator[KVMem]:
     """An engine, closed in the end."""
-    with _errors():
+    with errors():
         with err.status(f"Loading {escape(model)} …"):
             mem = KVMem(model, store, threads=threads, namespace=namespace)
         with mem:
@@ -125,6 +106,26 @@ def account(answer: Answer) -> str:
 
 
 @app.command()
+def chat(
+    thread: Annotated[str, typer.Option(help="The conversation's name; it goes on where it was left.")] = "default",
+    model: Model = "smollm2",
+    store: StorePath = DEFAULT_STORE,
+    threads: Threads = None,
+    namespace: Namespace = "default",
+    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 200,
+    system: Annotated[str, typer.Option(help="The system prompt.")] = "You are a helpful assistant. Be brief.",
+) -> None:
+    """Talk to the model; it knows the documents, remembers what it is told to, and goes on after a restart."""
+    with errors():
+        from kvmem.terminal import Chat
+
+        with err.status(f"Loading {escape(model)} …"):
+            mem = KVMem(model, store, threads=threads, namespace=namespace, max_tokens=max_tokens, system=system)
+        with mem:
+            Chat(mem, thread, out, input).run()
+
+
+@app.command()
 def stats(
     model: Model = "smollm2",
     store: StorePath = DEFAULT_STORE,
@@ -154,7 +155,7 @@ def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="Remove what is damaged or left over.")] = False,
 ) -> None:
     """Look for inconsistencies in a store, and count by namespace. Exit code 1 if any were not mended."""
-    with _errors():
+    with errors():
         if not store.is_dir():
             raise StoreError(f"There is no store at {str(store)!r}. Give the directory that --store named.")
         from kvmem.store import DiskStore
@@ -197,7 +198,7 @@ def check(
     import json
     from dataclasses import asdict
 
-    with _errors():
+    with errors():
         from kvmem.check import check as run_check
 
         with err.status(f"Checking {escape(model)} …"):
@@ -233,7 +234,7 @@ def advise(
     import json
     from dataclasses import asdict
 
-    with _errors():
+    with errors():
         from kvmem import advise as advisor
         from kvmem.store import DiskStore
 
@@ -263,144 +264,6 @@ def advise(
         soft_wrap=True,
     )
     out.print(f"{advice.reason}.", highlight=False, soft_wrap=True)
-
-
-@bench.command()
-def fidelity(
-    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
-    model: Model = "smollm2",
-    passages: Annotated[list[int] | None, typer.Option(help="Passages per prompt; may be repeated.")] = None,
-    examples: Annotated[int, typer.Option(min=1)] = 40,
-    offset: Annotated[int, typer.Option(min=0, help="Questions to skip.")] = 0,
-    seed: int = 0,
-    threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="A directory for JSON and the plot.")] = Path("bench-results"),
-) -> None:
-    """How close every way of blending comes to full prefill."""
-    with _errors():
-        from kvmem.bench import fidelity as benchmark
-        from kvmem.bench.common import load_questions, write_json
-
-        loaded = LanguageModel.load(model, ModelSettings(threads=threads))
-        questions = load_questions(data)[offset : offset + examples]
-        results = []
-        for count in passages or [4, 8]:
-            results.append(benchmark.run(loaded, questions, count, seed=seed))
-            write_json(output / f"fidelity-{Path(model).stem}-{count}.json", results[-1])
-            out.print(benchmark.table(results[-1]))
-        benchmark.plot(results, output / f"fidelity-{Path(model).stem}.png")
-
-
-@bench.command()
-def speed(
-    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
-    model: Model = "smollm2",
-    size: Annotated[list[int] | None, typer.Option(help="Prompt tokens, about; may be repeated.")] = None,
-    repeats: Annotated[int, typer.Option(min=1)] = 3,
-    threads: Annotated[int, typer.Option(min=1)] = 1,
-    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
-) -> None:
-    """Time to the first token and decoding speed, as ratios to plain transformers in the same process."""
-    with _errors():
-        from kvmem.bench import speed as benchmark
-        from kvmem.bench.common import load_questions, write_json
-
-        result = benchmark.run(model, load_questions(data), size or [2500, 7000], threads=threads, repeats=repeats)
-        write_json(output / f"speed-{Path(model).stem}.json", result)
-        out.print(benchmark.table(result))
-
-
-@bench.command()
-def task(
-    model: Model = "smollm2",
-    cases: Annotated[int, typer.Option(min=1)] = 80,
-    seed: int = 0,
-    threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
-) -> None:
-    """Whether answers stay right that hang on what stands before a chunk."""
-    with _errors():
-        from kvmem.bench import task as benchmark
-        from kvmem.bench.common import write_json
-
-        loaded = LanguageModel.load(model, ModelSettings(threads=threads))
-        result = benchmark.run(loaded, cases, seed=seed)
-        write_json(output / f"task-{Path(model).stem}.json", result)
-        out.print(benchmark.table(result))
-
-
-@bench.command("batch")
-def bench_batch(
-    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
-    model: Model = "smollm2",
-    size: Annotated[int, typer.Option(min=1, help="Prompt tokens, about.")] = 4000,
-    batch: Annotated[int, typer.Option(min=2, help="Questions.")] = 8,
-    repeats: Annotated[int, typer.Option(min=1)] = 3,
-    threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
-) -> None:
-    """Questions decoded together against questions asked one after the other."""
-    with _errors():
-        from kvmem.bench import batch as benchmark
-        from kvmem.bench.common import load_questions, write_json
-
-        loaded = LanguageModel.load(model, ModelSettings(threads=threads))
-        result = benchmark.run(loaded, load_questions(data), size=size, batch=batch, repeats=repeats)
-        write_json(output / f"batch-{Path(model).stem}.json", result)
-        out.print(benchmark.table(result))
-
-
-@bench.command()
-def frameworks(
-    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
-    model: Model = "smollm2",
-    examples: Annotated[int, typer.Option(min=1)] = 8,
-    k: Annotated[int, typer.Option(min=1, help="Passages retrieved for a question.")] = 8,
-    passes: Annotated[int, typer.Option(min=1)] = 2,
-    threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
-) -> None:
-    """RAG in LangChain and LlamaIndex: their own Hugging Face models against ours, over the same weights."""
-    with _errors():
-        from kvmem.bench import frameworks as benchmark
-        from kvmem.bench.common import load_questions, write_json
-
-        loaded = LanguageModel.load(model, ModelSettings(threads=threads))
-        result = benchmark.run(loaded, load_questions(data)[:examples], k=k, passes=passes)
-        write_json(output / f"frameworks-{Path(model).stem}.json", result)
-        out.print(benchmark.table(result))
-
-
-@bench.command("store")
-def bench_store(
-    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
-    model: Model = "smollm2",
-    examples: Annotated[int, typer.Option(min=1)] = 12,
-    threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
-) -> None:
-    """How fast entries come from disk, and what packing them to 8 bits costs."""
-    with _errors():
-        from kvmem.bench import store as benchmark
-        from kvmem.bench.common import load_questions, write_json
-
-        loaded = LanguageModel.load(model, ModelSettings(threads=threads))
-        result = benchmark.run(loaded, load_questions(data)[:examples])
-        write_json(output / f"store-{Path(model).stem}.json", result)
-        for part in benchmark.table(result):
-            out.print(part)
-
-
-@bench.command()
-def report(
-    results: Annotated[Path, typer.Argument(help="A directory of JSON results.")] = Path("docs/benchmarks"),
-    output: Annotated[Path, typer.Option(help="The Markdown file to write.")] = Path("docs/benchmarks.md"),
-) -> None:
-    """Render results as Markdown."""
-    from kvmem.bench.report import render
-
-    output.write_text(render(results), encoding="utf-8")
-    out.print(f"Wrote {output}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

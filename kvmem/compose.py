@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Literal
 
 from kvmem.cache import BlendedCache
@@ -157,10 +157,10 @@ class Composer:
         while rest:
             if resident is not None and not resident.covers(cache.length, rest[0]):
                 resident = None  # what it holds further on was read behind other tokens
-            anew = in_place is not None and rest[0].document == in_place
-            if not self._place_exact(stitched, context, rest[0], resident is not None, anew):
+            placed = self._place_exact(stitched, context, rest, resident is not None, in_place)
+            if not placed:
                 break
-            rest.pop(0)
+            del rest[:placed]
         stitched.exact_end = cache.length
         if rest:
             self._place_approximate(stitched, context, rest)
@@ -171,30 +171,42 @@ class Composer:
             cache.length += stitched.known
         return stitched
 
-    def _place_exact(self, stitched: Stitched, context: Context, span: Span, resident: bool, anew: bool) -> bool:
-        """Place `span` exactly, from the resident buffer, the store, or by reading it; False if it is approximate."""
-        cache, start = stitched.cache, stitched.cache.length
-        origin: Origin = "exact"
+    def _place_exact(
+        self, stitched: Stitched, context: Context, spans: Sequence[Span], resident: bool, in_place: str | None
+    ) -> int:
+        """Place the first of `spans` exactly, from the resident buffer, the store, or by reading it, then together with
+        what is cold behind it; how many were placed, 0 if the first is approximate."""
+        cache, span, start = stitched.cache, spans[0], stitched.cache.length
         key = self.key(context, span)
         if resident:
             cache.length = start + len(span)
             if not self._store.contains(key):
                 stitched.unsaved.append(cache.entry(key, span.token_ids, start, context.spans))
+        elif (entry := self._store.get(key)) is not None:
+            cache.load(entry, start)
+            cache.length = start + len(span)
+        elif start > 0 and not self._is_to_be_read(span, in_place):
+            return 0
         else:
-            entry = self._store.get(key)
-            if entry is not None:
-                cache.load(entry, start)
-                cache.length = start + len(span)
-            elif start > 0 and not anew and self._candidates(key):
-                return False
-            else:
-                self._model.append(span.token_ids, cache)
-                stitched.forwarded += len(span)
-                stitched.unsaved.append(cache.entry(key, span.token_ids, start, context.spans))
-                origin = "computed"
-        stitched.placed.append(Placed(span, start, origin))
+            run = [span, *takewhile(lambda later: self._is_to_be_read(later, in_place), spans[1:])]
+            run = run[:1] if cache.recurrent else run  # a state is known at the end of a forward only
+            self._model.append([token for item in run for token in item.token_ids], cache)
+            for item in run:
+                read = cache.entry(self.key(context, item), item.token_ids, start, context.spans)
+                stitched.unsaved.append(read)
+                stitched.placed.append(Placed(item, start, "computed"))
+                stitched.forwarded += len(item)
+                context.extend(item.token_ids, item.digest)
+                start += len(item)
+            return len(run)
+        stitched.placed.append(Placed(span, start, "exact"))
         context.extend(span.token_ids, span.digest)
-        return True
+        return 1
+
+    def _is_to_be_read(self, span: Span, in_place: str | None) -> bool:
+        """Whether `span` is read in place, if all before it is exact."""
+        anew = in_place is not None and span.document == in_place
+        return anew or not self._candidates(self.key(Context(), span))
 
     def _candidates(self, key: EntryKey) -> list[EntryInfo]:
         return self._store.find(key) if self._model.blendable else []
@@ -259,13 +271,13 @@ class Composer:
                     f"A chunk of {len(pending[0])} tokens is longer than the model's window of {room}. "
                     "Give smaller chunks, or let kvmem split the text."
                 )
-            while pending and context.length + len(pending[0]) <= room:
-                span = pending.pop(0)
-                start = context.length
-                self._model.append(span.token_ids, scratch.cache)
-                entry = scratch.cache.entry(self.key(context, span), span.token_ids, start, context.spans)
+            fitting = sum(1 for end in accumulate(map(len, pending)) if context.length + end <= room)
+            run, pending = pending[:fitting], pending[fitting:]
+            self._model.append([token for span in run for token in span.token_ids], scratch.cache)
+            for span in run:
+                key, start = self.key(context, span), context.length
+                read.append(scratch.cache.entry(key, span.token_ids, start, context.spans))
                 stitched.forwarded += len(span)
-                read.append(entry)
                 context.extend(span.token_ids, span.digest)
         stitched.unsaved += read
         return read

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
-from weakref import WeakSet
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,7 +17,7 @@ from kvmem.answer import Answer, Prefill, Source
 from kvmem.compose import Composer
 from kvmem.corpus import Corpus
 from kvmem.document import Document, Metadata, as_document
-from kvmem.errors import ClosedError, InputError
+from kvmem.errors import InputError
 from kvmem.generate import Sampling
 from kvmem.library import Library
 from kvmem.model import LanguageModel
@@ -38,10 +34,9 @@ from kvmem.store.open import open_store
 from kvmem.stream import AnswerStream, Listener
 from kvmem.thread import Threads
 from kvmem.tools import Tool, Toolbox
+from kvmem.worker import Worker
 
-T = TypeVar("T")
 logger = logging.getLogger("kvmem")
-Numbers = list[int]  # inside KVMem, `list` is its method
 
 
 class KVMem:
@@ -91,9 +86,7 @@ class KVMem:
             self.model.window, self.store, self._corpus, self._composer, self._runner, self._requests, self.settings
         )
         self._threads = Threads(self.store.documents, namespace)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="kvmem")
-        self._streams: WeakSet[AnswerStream] = WeakSet()
-        self._closed = False
+        self._worker = Worker(self.model)
 
     def _open_model(
         self, model: Any, tokenizer: PreTrainedTokenizerBase | None, overrides: Mapping[str, Any]
@@ -118,7 +111,7 @@ class KVMem:
         Raises InputError, EmptyInputError; the corpus is unchanged then.
         """
         new = self._library.check(as_document(document, id, metadata))
-        return self._run(lambda: self._library.add(new))
+        return self._worker.run(lambda: self._library.add(new))
 
     def add_all(
         self, documents: Iterable[Any], progress: Callable[[Document, int, int], None] | None = None
@@ -138,49 +131,52 @@ class KVMem:
                 raise InputError(f"Two different documents have the id {new.id!r}. Give each its own.")
         added = []
         for number, new in enumerate(found.values(), 1):
-            added.append(self._run(partial(self._library.add, new)))
+            added.append(self._worker.run(partial(self._library.add, new)))
             if progress is not None:
                 progress(added[-1], number, len(found))
         return added
 
     def update(self, id: str, document: Any, metadata: Metadata | None = None) -> Document:  # noqa: A002
-        """Replace a document that is there; only what changed is read. Raises UnknownDocumentError, InputError."""
+        """Replace a document that is there; only what changed is read. A text keeps the metadata unless some is given.
+        Raises UnknownDocumentError, InputError, EmptyInputError."""
+        if isinstance(document, str) and metadata is None:
+            metadata = self.get(id).metadata
         new = self._library.check(as_document(document, id, metadata))
-        return self._run(lambda: self._library.update(new))
+        return self._worker.run(lambda: self._library.update(new))
 
     def get(self, id: str) -> Document:  # noqa: A002
         """The document. Raises UnknownDocumentError."""
-        self._check_open()
+        self._worker.check_open()
         return self._corpus.get(id)
 
     def list(self) -> Sequence[Document]:
         """All documents, in the order they were added."""
-        self._check_open()
+        self._worker.check_open()
         return tuple(self._corpus)
 
     def remove(self, id: str) -> None:  # noqa: A002
         """Remove a document and every cache of text that no other document has. Raises UnknownDocumentError."""
-        self._run(lambda: self._library.remove(id))
+        self._worker.run(lambda: self._library.remove(id))
 
     def clear(self) -> None:
         """Remove every document and every cache of this namespace."""
-        self._run(self._library.clear)
+        self._worker.run(self._library.clear)
 
     def stats(self) -> Stats:
         """Counts of the corpus and of the store."""
-        self._check_open()
+        self._worker.check_open()
         return self._library.stats()
 
     def read(self, context: Iterable[Any]) -> None:
         """Read texts or documents, as `ask` takes them for context, without adding them to the corpus: a later prompt
         finds them read. Raises InputError, EmptyInputError, PromptTooLongError."""
         documents = [as_document(item) for item in check_context(context)]
-        self._run(lambda: self._library.read(documents))
+        self._worker.run(lambda: self._library.read(documents))
 
     def forget_text(self, text: Any) -> None:
         """Remove the caches of a text or document that is not of the corpus, as `read` left them."""
         document = as_document(text)
-        self._run(lambda: self._library.forget_text(document))
+        self._worker.run(lambda: self._library.forget_text(document))
 
     def forget_user(self, namespace: str | None = None) -> int:
         """Remove every byte of a namespace from the store: documents, memories, conversations and caches; how many
@@ -192,18 +188,18 @@ class KVMem:
             self._corpus.release()
             return forget_namespace(self.store, name)
 
-        return self._run(work)
+        return self._worker.run(work)
 
     # Conversations
 
     def threads(self) -> Sequence[str]:
         """The names of the conversations that `chat` was told to keep."""
-        self._check_open()
+        self._worker.check_open()
         return self._threads.names()
 
     def history(self, thread: str) -> Sequence[dict[str, Any]]:
         """The messages of a conversation, the last answer included. Raises UnknownThreadError."""
-        self._check_open()
+        self._worker.check_open()
         return self._threads.messages(thread)
 
     def forget_thread(self, thread: str) -> None:
@@ -213,7 +209,7 @@ class KVMem:
             self._runner.release()
             self._library.forget_branches(self._threads.remove(thread))
 
-        self._run(work)
+        self._worker.run(work)
 
     # Questions
 
@@ -307,16 +303,9 @@ class KVMem:
             requests = [
                 self._requests.for_question(started, question, kept, system, sampling.max_tokens) for question in asked
             ]
-            groups: dict[tuple[Span, ...], Numbers] = {}
-            for number, request in enumerate(requests):
-                groups.setdefault(request.prompt.spans, []).append(number)
-            answers: dict[int, Answer] = {}
-            for members in groups.values():
-                chosen = [requests[number] for number in members]
-                answers.update(zip(members, self._runner.answer_all(chosen, settings, sampling), strict=True))
-            return [answers[number] for number in range(len(requests))]
+            return self._runner.answer_all(requests, settings, sampling)
 
-        return self._run(work)
+        return self._worker.run(work)
 
     def chat(
         self,
@@ -402,33 +391,30 @@ class KVMem:
         timeout: float | None = None,
         conversation: tuple[str, Sequence[Message]] | None = None,
     ) -> AnswerStream:
-        self._check_open()
+        self._worker.check_open()
         known = None if conversation is None else self._threads.branches(conversation[0], self.model.fingerprint)
         if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
             raise InputError(f"timeout={timeout!r} is no time. Give seconds, more than 0.")
         settings = self._blend(blend)
 
         def work(listener: Listener) -> Answer:
-            with self._work():
-                request = build()
-                listener.planned(request.plan, request.sources)
-                answer, branch = self._runner.answer(request, settings, sampling, listener, known)
+            request = build()
+            listener.planned(request.plan, request.sources)
+            answer, branch = self._runner.answer(request, settings, sampling, listener, known)
             if toolbox is not None:
                 text, calls = toolbox.read(answer.text)
                 answer = replace(answer, text=text, tool_calls=calls)
             if conversation is not None:
                 thread, messages = conversation
-                self._threads.keep(thread, self.model.fingerprint, branch, [*messages, _said(answer)])
+                self._threads.keep(thread, self.model.fingerprint, branch, [*messages, answer.message])
             return answer
 
-        stream = AnswerStream(self._executor, work, timeout)
-        self._streams.add(stream)
-        return stream
+        return self._worker.stream(work, timeout)
 
     def retrieve(self, question: str, k: int) -> tuple[Source, ...]:
         """The `k` most relevant chunks of the corpus, best first, as the retriever scores them; none that it finds
         irrelevant. The model is not run."""
-        return self._run(lambda: self._requests.retrieve(question, k))
+        return self._worker.run(lambda: self._requests.retrieve(question, k))
 
     def plan(
         self,
@@ -440,7 +426,7 @@ class KVMem:
     ) -> Plan:
         """What `ask` would put into the prompt, and why. The model is not run. Arguments and errors as in `ask`."""
         room = self.settings.max_tokens if max_tokens is None else max_tokens
-        return self._run(lambda: self._requests.for_question(0.0, question, context, system, room).plan)
+        return self._worker.run(lambda: self._requests.for_question(0.0, question, context, system, room).plan)
 
     def prefill(
         self,
@@ -461,7 +447,7 @@ class KVMem:
             request = self._requests.for_question(started, question, context, system, self.settings.max_tokens)
             return self._runner.prefill(request, settings)
 
-        return self._run(work)
+        return self._worker.run(work)
 
     def _blend(self, blend: BlendSettings | str | Mapping[str, Any] | None) -> BlendSettings:
         parsed = self.settings.blend if blend is None else BlendSettings.parse(blend)
@@ -472,47 +458,16 @@ class KVMem:
         report = recall(self.model) or check(self.model)
         return parsed.model_copy(update={"recompute": report.recompute if report.recompute is not None else 0.0})
 
-    @contextmanager
-    def _work(self) -> Iterator[None]:
-        """Around everything that runs in the engine's thread."""
-        with self.model.lock:
-            self.model.working = threading.get_ident()
-            try:
-                yield
-            finally:
-                self.model.working = 0
-
     # Lifetime
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError("This KVMem was closed. Open a new one on the same store.")
-        if threading.get_ident() == self.model.working:
-            raise InputError(
-                "A KVMem was called from inside its own work, or that of another with the same model (by a retriever, "
-                "or while iterating context). Use one with a model of its own there, or do it before the call."
-            )
-
-    def _run(self, work: Callable[[], T]) -> T:
-        self._check_open()
-
-        def locked() -> T:
-            with self._work():
-                return work()
-
-        return self._executor.submit(locked).result()
 
     def close(self) -> None:
         """Cancel running answers and release the buffer, and the store unless it was handed in as an object.
 
         Calling it again does nothing.
         """
-        if self._closed:
+        if self._worker.closed:
             return
-        self._closed = True
-        for stream in tuple(self._streams):
-            stream.close()
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._worker.close()
         self._runner.release()
         if self._owns_store:
             self.store.close()
@@ -524,12 +479,3 @@ class KVMem:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _said(answer: Answer) -> dict[str, Any]:
-    """An answer as the message of the assistant."""
-    calls = [
-        {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": dict(c.arguments)}}
-        for c in answer.tool_calls
-    ]
-    return {"role": "assistant", "content": answer.text, **({"tool_calls": calls} if calls else {})}

@@ -84,10 +84,19 @@ class Runner:
         return Branch((*stitched.token_ids, *tail.token_ids), (*(item.end for item in stitched.placed), end))
 
     def answer_all(self, requests: Sequence[Request], blend: BlendSettings, sampling: Sampling) -> list[Answer]:
-        """Answer requests whose prompts differ in the query alone: together, or one by one if that cannot be."""
-        if len(requests) > 1 and self._model.blendable and not self._model.anatomy.recurrent:
-            return self._answer_together(requests, blend, sampling)
-        return [self.answer(request, blend, sampling, Unheard())[0] for request in requests]
+        """Answer all, in their order: those whose prompts differ in the query alone together, if the model can."""
+        groups: dict[tuple[Span, ...], list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(request.prompt.spans, []).append(number)
+        answers: dict[int, Answer] = {}
+        for members in groups.values():
+            chosen = [requests[number] for number in members]
+            if len(chosen) > 1 and self._model.blendable and not self._model.anatomy.recurrent:
+                found = self._answer_together(chosen, blend, sampling)
+            else:
+                found = [self.answer(request, blend, sampling, Unheard())[0] for request in chosen]
+            answers.update(zip(members, found, strict=True))
+        return [answers[number] for number in range(len(requests))]
 
     def _answer_together(self, requests: Sequence[Request], blend: BlendSettings, sampling: Sampling) -> list[Answer]:
         """Answer requests whose prompts differ in the query alone. What is read and repaired for all of them is counted

@@ -88,10 +88,14 @@ def test_what_was_interrupted_goes_on_where_it_stopped(model: LanguageModel, tmp
 
 
 def test_only_what_is_there_is_updated(mem: KVMem) -> None:
-    """An unknown id is an error that says so, and adds nothing."""
-    with pytest.raises(UnknownDocumentError, match="add"):
-        mem.update("x", "text")
+    """An unknown id is an error that says so, and adds nothing; a new text keeps the metadata."""
+    for document in ("text", Document("x", "text")):
+        with pytest.raises(UnknownDocumentError):
+            mem.update("x", document)
     assert mem.list() == ()
+    mem.add("one", id="x", metadata={"title": "X"})
+    assert mem.update("x", "two").metadata == {"title": "X"}
+    assert mem.update("x", "two", metadata={}).metadata == {}
 
 
 @pytest.mark.parametrize("name", ["a/b\\c", "été\n", "'; DROP TABLE documents; --", '["default", "x"]', "💾" * 50])

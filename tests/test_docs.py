@@ -43,6 +43,7 @@ def test_readme_python_runs(code: str, tmp_path: Path) -> None:
 def test_a_page_of_the_docs_runs_from_top_to_bottom(page: str, tmp_path: Path) -> None:
     """Its blocks, one after the other in one program, as a reader would paste them."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     run([sys.executable, "-c", "\n".join(blocks)], tmp_path)
 
 
@@ -50,7 +51,7 @@ def test_readme_commands_run(tmp_path: Path) -> None:
     """The kvmem commands run one after the other, as a reader would type them."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     output = [run(shlex.split(line), tmp_path) for line in COMMANDS if line.startswith("kvmem ")]
-    assert len(output) == 5
+    assert len(output) == 7
     assert "prompt tokens" in output[1]
 
 

@@ -37,8 +37,9 @@ _Place = tuple[tuple[str, ...], str]
 class KVMemStore(BaseStore):
     """Items by namespace and key, kept in the store of `mem`, within its namespace (its tenant).
 
-    mem: the engine. prefill: read an item's text at `put`, so that a prompt with it as context finds it read.
-    index: {"fields": [...]}, the paths of a value that are searched (and read); "$", all of it, by default.
+    mem: the engine. prefill: read an item at `put`, so that a prompt with its text as context finds it read: its
+        `text` or `content`, or else what is searched.
+    index: {"fields": [...]}, the paths of a value that are searched; "$", all of it, by default.
     retriever: scores them; BM25 by default, `kvmem.HybridRetriever(embeddings)` for an embedding model.
     ttl: as in LangGraph, in minutes.
     Items live in the engine's store for as long as it does, and `KVMem.forget_user` removes them.
@@ -72,6 +73,7 @@ class KVMemStore(BaseStore):
         with self._lock:
             for op in ops:
                 if isinstance(op, PutOp):
+                    _check(op)
                     puts[op.namespace, op.key] = op
                     results.append(None)
                 elif isinstance(op, GetOp):
@@ -108,6 +110,7 @@ class KVMemStore(BaseStore):
         # What has expired is not there.
         created = old_row["created"] if old_row is not None and not _expired(old_row, now) else now
         fields = self._fields if op.index is None else op.index or []
+        text = _text(op.value, fields)
         row = {
             "value": dict(op.value),
             "created": created,
@@ -115,21 +118,17 @@ class KVMemStore(BaseStore):
             "updated": now,
             "ttl": op.ttl,
             "expires": None if op.ttl is None else now + 60 * op.ttl,
-            "text": _text(op.value, fields),
+            "text": text,
+            "read": next((v for n in ("text", "content") if isinstance(v := op.value.get(n), str)), text).strip(),
         }
-        try:
-            rows[name] = json.dumps(row)
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"The value of {op.key!r} is not JSON: {error}. Use text, numbers, lists and mappings."
-            ) from None
-        if old_row is not None and self._prefill and old_row["text"] != row["text"]:
+        rows[name] = json.dumps(row)
+        if old_row is not None and self._prefill and old_row["read"] != row["read"]:
             self._forget(old_row)
-        return str(row["text"]) or None
+        return str(row["read"]) or None
 
     def _forget(self, row: _Row) -> None:
-        if row["text"]:
-            self._mem.forget_text(Document("item", row["text"]))
+        if row["read"]:
+            self._mem.forget_text(Document("item", row["read"]))
 
     def _get(self, op: GetOp) -> Item | None:
         raw = self._mem.store.documents.get(self._name(op.namespace, op.key))
@@ -197,6 +196,16 @@ class KVMemStore(BaseStore):
                 if raw is not None and self._prefill:
                     self._forget(json.loads(raw))
         return len(gone)
+
+
+def _check(op: PutOp) -> None:
+    """Raises InputError before anything of a batch is written."""
+    try:
+        json.dumps(op.value)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"The value of {op.key!r} is not JSON: {error}. Use text, numbers, lists and mappings."
+        ) from None
 
 
 def _text(value: Mapping[str, Any], fields: list[str]) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.table import Table
@@ -24,13 +27,20 @@ def run(
 ) -> dict[str, Any]:
     """Ask every question by every pipeline, in turn, `passes` times over. All retrieve the same `k` passages by BM25.
 
-    The corpus are the passages of all questions. Needs langchain-huggingface and llama-index-llms-huggingface.
+    The corpus are the passages of all questions. Every pipeline of ours has a store of its own on disk, empty at first.
+    Needs langchain-huggingface and llama-index-llms-huggingface.
     """
-    with KVMem(model) as corpus, KVMem(model) as one, KVMem(model) as two:
+    with ExitStack() as opened:
+        scratch = Path(opened.enter_context(TemporaryDirectory()))
+        corpus = opened.enter_context(KVMem(model))
+        mems = [opened.enter_context(KVMem(model, scratch / str(number))) for number in range(3)]
         texts = dict.fromkeys(text for question in questions for text in question.passages)
         for number, text in enumerate(texts):
             corpus._corpus.put(Document(str(number), text, {}, (text,)))
-        pipelines = {**_langchain(model, corpus, one, k, tokens), **_llama_index(model, corpus, two, k, tokens)}
+        pipelines = {
+            **_langchain(model, corpus, mems[0], k, tokens),
+            **_llama_index(model, corpus, mems[1:], k, tokens),
+        }
         rows = []
         jobs = [(number, question) for number in range(passes) for question in questions]
         for number, question in track(jobs, "frameworks"):
@@ -96,7 +106,7 @@ def _langchain(model: LanguageModel, corpus: KVMem, mem: KVMem, k: int, tokens: 
     }
 
 
-def _llama_index(model: LanguageModel, corpus: KVMem, mem: KVMem, k: int, tokens: int) -> dict[str, Ask]:
+def _llama_index(model: LanguageModel, corpus: KVMem, mems: Sequence[KVMem], k: int, tokens: int) -> dict[str, Ask]:
     try:
         from llama_index.core.base.response.schema import StreamingResponse
         from llama_index.core.query_engine import RetrieverQueryEngine
@@ -134,14 +144,14 @@ def _llama_index(model: LanguageModel, corpus: KVMem, mem: KVMem, k: int, tokens
 
         return ask
 
-    ours = KVMemLLM(mem=mem, max_new_tokens=tokens)
+    ours = KVMemLLM(mem=mems[0], max_new_tokens=tokens)
     retriever = Retriever()
     options: dict[str, Any] = {"streaming": True}
     return {
         "LlamaIndex, HuggingFaceLLM": streamed(RetrieverQueryEngine.from_args(retriever, llm=theirs, **options)),
         "LlamaIndex, KVMemLLM": streamed(RetrieverQueryEngine.from_args(retriever, llm=ours, **options)),
         "LlamaIndex, KVMemQueryEngine": streamed(
-            KVMemQueryEngine.from_args(retriever, mem, max_tokens=tokens, **options)
+            KVMemQueryEngine.from_args(retriever, mems[1], max_tokens=tokens, **options)
         ),
     }
 

@@ -22,10 +22,7 @@ def render(directory: Path) -> str:
         if "machine" in result:
             lines += ["", _provenance(path, result)]
     for path in sorted(directory.glob("*.png")):
-        lines += [
-            "",
-            f"![Mean KL to full prefill against the share that is recomputed: {path.stem}](benchmarks/{path.name})",
-        ]
+        lines += ["", f"![{_PLOTS[path.stem.split('-')[0]]}: {path.stem}](benchmarks/{path.name})"]
     return "\n".join(lines) + "\n"
 
 
@@ -187,6 +184,27 @@ def _frameworks(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def _conversation(result: dict[str, Any]) -> list[str]:
+    rows = result["rows"]
+    shown = [row for row in rows if row["turn"] in (1, 2, 5, 10, 11, 15, len(rows))]
+    return [
+        f"## Conversation: {result['model']}",
+        "",
+        f"{len(rows)} turns; two of eight passages and two of six memories are drawn anew every turn, and the engine is "
+        f"closed and opened again before turn {result['restart_before_turn']}. Computed is the model's work before the "
+        "first token in tokens through all layers, the repair included; reading anew computes the whole prompt.",
+        "",
+        *_table(
+            ("turn", "prompt tokens", "computed", "first token ÷ reading anew"),
+            [(str(r["turn"]), str(r["prompt_tokens"]), f"{r['work']:.0f}", f"{r['ratio']:.2f}") for r in shown],
+        ),
+    ]
+
+
+_PLOTS = {
+    "fidelity": "Mean KL to full prefill against the share that is recomputed",
+    "conversation": "Tokens computed and time to the first token by turn",
+}
 _SECTIONS = {
     "tried": _tried,
     "store": _store,

@@ -1,0 +1,172 @@
+"""The `kvmem bench` commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvmem import LanguageModel, ModelSettings
+from kvmem.console import Model, Threads, errors, out
+
+bench = typer.Typer(help="Benchmarks; each writes JSON and prints a table.", no_args_is_help=True)
+
+
+@bench.command()
+def fidelity(
+    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
+    model: Model = "smollm2",
+    passages: Annotated[list[int] | None, typer.Option(help="Passages per prompt; may be repeated.")] = None,
+    examples: Annotated[int, typer.Option(min=1)] = 40,
+    offset: Annotated[int, typer.Option(min=0, help="Questions to skip.")] = 0,
+    seed: int = 0,
+    threads: Threads = None,
+    output: Annotated[Path, typer.Option(help="A directory for JSON and the plot.")] = Path("bench-results"),
+) -> None:
+    """How close every way of blending comes to full prefill."""
+    with errors():
+        from kvmem.bench import fidelity as benchmark
+        from kvmem.bench.common import load_questions, write_json
+
+        loaded = LanguageModel.load(model, ModelSettings(threads=threads))
+        questions = load_questions(data)[offset : offset + examples]
+        results = []
+        for count in passages or [4, 8]:
+            results.append(benchmark.run(loaded, questions, count, seed=seed))
+            write_json(output / f"fidelity-{Path(model).stem}-{count}.json", results[-1])
+            out.print(benchmark.table(results[-1]))
+        benchmark.plot(results, output / f"fidelity-{Path(model).stem}.png")
+
+
+@bench.command()
+def speed(
+    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
+    model: Model = "smollm2",
+    size: Annotated[list[int] | None, typer.Option(help="Prompt tokens, about; may be repeated.")] = None,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
+) -> None:
+    """Time to the first token and decoding speed, as ratios to plain transformers in the same process."""
+    with errors():
+        from kvmem.bench import speed as benchmark
+        from kvmem.bench.common import load_questions, write_json
+
+        result = benchmark.run(model, load_questions(data), size or [2500, 7000], threads=threads, repeats=repeats)
+        write_json(output / f"speed-{Path(model).stem}.json", result)
+        out.print(benchmark.table(result))
+
+
+@bench.command()
+def task(
+    model: Model = "smollm2",
+    cases: Annotated[int, typer.Option(min=1)] = 80,
+    seed: int = 0,
+    threads: Threads = None,
+    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
+) -> None:
+    """Whether answers stay right that hang on what stands before a chunk."""
+    with errors():
+        from kvmem.bench import task as benchmark
+        from kvmem.bench.common import write_json
+
+        loaded = LanguageModel.load(model, ModelSettings(threads=threads))
+        result = benchmark.run(loaded, cases, seed=seed)
+        write_json(output / f"task-{Path(model).stem}.json", result)
+        out.print(benchmark.table(result))
+
+
+@bench.command("batch")
+def bench_batch(
+    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
+    model: Model = "smollm2",
+    size: Annotated[int, typer.Option(min=1, help="Prompt tokens, about.")] = 4000,
+    batch: Annotated[int, typer.Option(min=2, help="Questions.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    threads: Threads = None,
+    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
+) -> None:
+    """Questions decoded together against questions asked one after the other."""
+    with errors():
+        from kvmem.bench import batch as benchmark
+        from kvmem.bench.common import load_questions, write_json
+
+        loaded = LanguageModel.load(model, ModelSettings(threads=threads))
+        result = benchmark.run(loaded, load_questions(data), size=size, batch=batch, repeats=repeats)
+        write_json(output / f"batch-{Path(model).stem}.json", result)
+        out.print(benchmark.table(result))
+
+
+@bench.command()
+def frameworks(
+    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
+    model: Model = "smollm2",
+    examples: Annotated[int, typer.Option(min=1)] = 8,
+    k: Annotated[int, typer.Option(min=1, help="Passages retrieved for a question.")] = 4,
+    passes: Annotated[int, typer.Option(min=1)] = 2,
+    threads: Threads = None,
+    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
+) -> None:
+    """RAG in LangChain and LlamaIndex: their own Hugging Face models against ours, over the same weights."""
+    with errors():
+        from kvmem.bench import frameworks as benchmark
+        from kvmem.bench.common import load_questions, write_json
+
+        loaded = LanguageModel.load(model, ModelSettings(threads=threads))
+        result = benchmark.run(loaded, load_questions(data)[:examples], k=k, passes=passes)
+        write_json(output / f"frameworks-{Path(model).stem}.json", result)
+        out.print(benchmark.table(result))
+
+
+@bench.command()
+def conversation(
+    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format; their passages are the documents.")],
+    model: Model = "smollm2",
+    turns: Annotated[int, typer.Option(min=2)] = 20,
+    seed: int = 0,
+    threads: Threads = None,
+    output: Annotated[Path, typer.Option(help="A directory for JSON and the plot.")] = Path("bench-results"),
+) -> None:
+    """A conversation whose memories and documents change every turn, against reading its prompts anew."""
+    with errors():
+        from kvmem.bench import conversation as benchmark
+        from kvmem.bench.common import load_questions, write_json
+
+        loaded = LanguageModel.load(model, ModelSettings(threads=threads))
+        result = benchmark.run(loaded, load_questions(data), turns=turns, seed=seed)
+        write_json(output / f"conversation-{Path(model).stem}.json", result)
+        benchmark.plot(result, output / f"conversation-{Path(model).stem}.png")
+        out.print(benchmark.table(result))
+
+
+@bench.command("store")
+def bench_store(
+    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
+    model: Model = "smollm2",
+    examples: Annotated[int, typer.Option(min=1)] = 12,
+    threads: Threads = None,
+    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
+) -> None:
+    """How fast entries come from disk, and what packing them to 8 bits costs."""
+    with errors():
+        from kvmem.bench import store as benchmark
+        from kvmem.bench.common import load_questions, write_json
+
+        loaded = LanguageModel.load(model, ModelSettings(threads=threads))
+        result = benchmark.run(loaded, load_questions(data)[:examples])
+        write_json(output / f"store-{Path(model).stem}.json", result)
+        for part in benchmark.table(result):
+            out.print(part)
+
+
+@bench.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="A directory of JSON results.")] = Path("docs/benchmarks"),
+    output: Annotated[Path, typer.Option(help="The Markdown file to write.")] = Path("docs/benchmarks.md"),
+) -> None:
+    """Render results as Markdown."""
+    from kvmem.bench.report import render
+
+    output.write_text(render(results), encoding="utf-8")
+    out.print(f"Wrote {output}", highlight=False, markup=False)

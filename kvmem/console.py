@@ -1,0 +1,33 @@
+"""What every command of `kvmem` shares: where it prints, what it calls its options, how it tells errors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kvmem import KVMemError
+
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[str, typer.Option(envvar="KVMEM_MODEL", help="Hub id, directory, GGUF file or 'smollm2'.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")]
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Errors are told in one line instead of a traceback, and loading shows no bars of its own."""
+    from transformers.utils import logging as transformers_logging
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except KVMemError as error:
+        err.print(f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
