@@ -17,6 +17,7 @@ from kvmem.errors import InputError
 from kvmem.generate import Generated, Sampling, call_generate, cut_at_stop, ends
 from kvmem.model import LanguageModel
 from kvmem.shared import SharedCache, left_padded
+from kvmem.stream import Listener
 
 
 def generate_together(
@@ -25,6 +26,7 @@ def generate_together(
     prefix_ids: Sequence[int],
     queries: Sequence[Sequence[int]],
     sampling: Sampling,
+    listener: Listener,
 ) -> list[Generated]:
     """Answer every query behind `prefix_ids`, whose rows `prefix` holds and keeps. Raises InputError."""
     if sampling.schema is not None:
@@ -37,7 +39,7 @@ def generate_together(
     places = torch.arange(rows.shape[1], device=model.device)
     seen[:, len(prefix_ids) :] = (places >= padding[:, None]).long()
     cache = SharedCache(prefix, padding, rows.shape[1] + sampling.max_tokens)
-    watch = _Watch(model, sampling, prompt.shape[1])
+    watch = _Watch(model, sampling, prompt.shape[1], listener)
     with cache.attending(model):
         found = call_generate(
             model,
@@ -55,22 +57,31 @@ def _read(model: LanguageModel, ids: list[int], end: list[int], sampling: Sampli
     """One answer: `ids` up to the first that ends it, or up to the stop string; padding behind it is dropped."""
     kept = list(takewhile(lambda token: token not in end, ids))
     kept += ids[len(kept) : len(kept) + 1]
-    stopped, text = cut_at_stop(str(model.tokenizer.decode(kept, skip_special_tokens=True)), sampling.stop)
+    stopped, text = _cut(model, kept, sampling)
+    if stopped:
+        # transformers fills a row that has ended with padding.
+        kept = kept[: 1 + next(n for n in range(len(kept)) if _cut(model, kept[: n + 1], sampling)[0])]
     reason: FinishReason = "stop" if stopped or kept[-1] in end else "length"
     return Generated(text, tuple(kept), reason, first_token)
 
 
-class _Watch(StoppingCriteria):
-    """Ends every row at its stop string, and notes when the first tokens were there."""
+def _cut(model: LanguageModel, ids: list[int], sampling: Sampling) -> tuple[bool, str]:
+    return cut_at_stop(str(model.tokenizer.decode(ids, skip_special_tokens=True)), sampling.stop)
 
-    def __init__(self, model: LanguageModel, sampling: Sampling, prompt: int) -> None:
+
+class _Watch(StoppingCriteria):
+    """Ends every row at its stop string, all when nobody waits any more, and notes when the first tokens were there."""
+
+    def __init__(self, model: LanguageModel, sampling: Sampling, prompt: int, listener: Listener) -> None:
+        self._listener = listener
         self._decode, self._stop, self._prompt = model.tokenizer.decode, sampling.stop, prompt
         self.first_token = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.first_token = self.first_token or time.perf_counter()
-        done = [bool(self._stop) and self._has_stopped(row) for row in input_ids[:, self._prompt :].tolist()]
+        over = self._listener.cancelled()
+        done = [over or self._has_stopped(row) for row in input_ids[:, self._prompt :].tolist()]
         return torch.tensor(done, device=input_ids.device)
 
     def _has_stopped(self, ids: list[int]) -> bool:
-        return cut_at_stop(str(self._decode(ids, skip_special_tokens=True)), self._stop)[0]
+        return bool(self._stop) and cut_at_stop(str(self._decode(ids, skip_special_tokens=True)), self._stop)[0]

@@ -188,8 +188,7 @@ class Composer:
         elif start > 0 and not self._is_to_be_read(span, in_place):
             return 0
         else:
-            run = [span, *takewhile(lambda later: self._is_to_be_read(later, in_place), spans[1:])]
-            run = run[:1] if cache.recurrent else run  # a state is known at the end of a forward only
+            run = [span] if cache.recurrent else self._cold_run(context, spans, in_place)
             self._model.append([token for item in run for token in item.token_ids], cache)
             for item in run:
                 read = cache.entry(self.key(context, item), item.token_ids, start, context.spans)
@@ -202,6 +201,18 @@ class Composer:
         stitched.placed.append(Placed(span, start, "exact"))
         context.extend(span.token_ids, span.digest)
         return 1
+
+    def _cold_run(self, context: Context, spans: Sequence[Span], in_place: str | None) -> list[Span]:
+        """The first of `spans`, which is to be read, and those behind it that are to be read as well. Not for models
+        with recurrent layers, whose state is known at the end of a forward only."""
+        context, run = context.copy(), [spans[0]]
+        for span in spans[1:]:
+            context.extend(run[-1].token_ids, run[-1].digest)
+            # Looked for, and not only listed: a damaged entry is removed by that.
+            if self._store.get(self.key(context, span)) is not None or not self._is_to_be_read(span, in_place):
+                break
+            run.append(span)
+        return run
 
     def _is_to_be_read(self, span: Span, in_place: str | None) -> bool:
         """Whether `span` is read in place, if all before it is exact."""

@@ -108,9 +108,10 @@ class JsonConstraint(LogitsProcessor):
             raise InputError(f"The schema is not one: {error}. Give a JSON schema.") from error
         self._matcher = LLMatcher(model.grammar_tokenizer, grammar)
         self._check()
-        self._start = self._read = -1
-        # From here on the answer is brought to its end, which takes no more than every name once, and marks around it.
-        self._hurry = max_tokens - model.count_tokens(names) - 4 * names.count(":") - 8
+        self._read = -1
+        self._model, self._max_tokens = model, max_tokens
+        self._names = _property_names(schema)
+        self._written: list[int] = []
         vocabulary = model.tokenizer.get_vocab()
         self._marks = [vocabulary[mark] for mark in _CLOSING if mark in vocabulary]
         self._quote, self._letter = vocabulary.get('"'), vocabulary.get("z")
@@ -121,9 +122,10 @@ class JsonConstraint(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._read < 0:
-            self._start = self._read = input_ids.shape[1]
+            self._read = input_ids.shape[1]
         new = input_ids[0, self._read :].tolist()
         self._read += len(new)
+        self._written += new
         if new and not self._matcher.is_stopped():
             self._matcher.consume_tokens(new)
             self._check()
@@ -131,9 +133,18 @@ class JsonConstraint(LogitsProcessor):
         allowed = torch.zeros(scores.shape[-1], dtype=torch.bool)
         count = min(len(bits), len(allowed))
         allowed[:count] = torch.from_numpy(bits[:count].astype(bool))
-        if self._read - self._start >= self._hurry:
+        if self._is_time_to_close():
             allowed = self._closing(allowed)
         return scores.masked_fill(~allowed.to(scores.device), float("-inf"))
+
+    def _is_time_to_close(self) -> bool:
+        """Whether what is left of the answer is just enough for the names not written yet, and marks around them."""
+        left = self._max_tokens - len(self._written)
+        text = str(self._model.tokenizer.decode(self._written))
+        missing = [name for name in dict.fromkeys(self._names) if f'"{name}"' not in text]
+        skeleton = self._model.count_tokens(json.dumps(dict.fromkeys(missing, ""))) if missing else 0
+        opened = text.count("{") + text.count("[") - text.count("}") - text.count("]")
+        return left <= skeleton + 3 * len(missing) + max(0, opened) + 4
 
     def _closing(self, allowed: Tensor) -> Tensor:
         """Of the tokens allowed, the one that closes what is open; all of them where there is none."""

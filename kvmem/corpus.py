@@ -6,6 +6,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from kvmem.document import Chunk, Document
@@ -117,7 +118,8 @@ class Corpus:
         return _Row(raw, int(json.loads(raw)["order"]), document, self.chunks_of(document))
 
     def __iter__(self) -> Iterator[Document]:
-        return (row.document for row in self._ordered())
+        # A copy: what is done to its metadata stays with whoever does it.
+        return (replace(row.document, metadata=deepcopy(row.document.metadata)) for row in self._ordered())
 
     def chunks(self) -> list[Chunk]:
         """Every chunk of every document, in order."""

@@ -31,8 +31,8 @@ from kvmem.stats import Stats
 from kvmem.store.base import Store
 from kvmem.store.forget import forget_namespace
 from kvmem.store.open import open_store
-from kvmem.stream import AnswerStream, Listener
-from kvmem.thread import Threads
+from kvmem.stream import AnswerStream, Deadline, Listener
+from kvmem.thread import Threads, plain_message
 from kvmem.tools import Tool, Toolbox
 from kvmem.worker import Worker
 
@@ -207,7 +207,7 @@ class KVMem:
 
         def work() -> None:
             self._runner.release()
-            self._library.forget_branches(self._threads.remove(thread))
+            self._library.forget_spans(self._threads.remove(thread))
 
         self._worker.run(work)
 
@@ -283,13 +283,15 @@ class KVMem:
         context: Context = None,
         system: str | None = None,
         blend: BlendSettings | str | Mapping[str, Any] | None = None,
+        timeout: float | None = None,
         **options: Any,
     ) -> Sequence[Answer]:
         """Answer several questions; those over the same documents are decoded together, behind one cache.
 
         What is repaired is chosen for the questions of such a group together. Answers are in the order of the
-        questions; sampled ones differ from those that `ask` would give. options: as in `ask`.
-        Raises what `ask` raises, before any answer is begun.
+        questions; sampled ones differ from those that `ask` would give. timeout: seconds for all of them, from when
+        they are begun. options: as in `ask`.
+        Raises what `ask` raises; bad input before any answer is begun.
         """
         if isinstance(questions, str) or not isinstance(questions, Iterable):
             raise InputError(f"questions is one {type(questions).__name__}. Give a list of questions.")
@@ -297,13 +299,14 @@ class KVMem:
         started = time.perf_counter()
         names = ("max_tokens", "temperature", "top_p", "stop", "seed")
         sampling = self._sampling({name: options.pop(name, None) for name in names}, options)
-        settings = self._blend(blend)
+        settings = self._resolve(self._parse_blend(blend))
 
         def work() -> Sequence[Answer]:
             requests = [
                 self._requests.for_question(started, question, kept, system, sampling.max_tokens) for question in asked
             ]
-            return self._runner.answer_all(requests, settings, sampling)
+            deadline = None if timeout is None else time.monotonic() + timeout
+            return self._runner.answer_all(requests, settings, sampling, Deadline(deadline))
 
         return self._worker.run(work)
 
@@ -353,8 +356,10 @@ class KVMem:
         if not tools and tool_choice not in ("auto", "none"):
             raise InputError(f"tool_choice={tool_choice!r} needs tools. Give some.")
         toolbox = Toolbox(tuple(tools), tool_choice, self.model.knows_tools) if tools else None
+        given = check_messages(messages)
+        conversation = None if thread is None else (thread, [plain_message(message) for message in given])
         if toolbox is not None:
-            messages = toolbox.instruct(check_messages(messages))
+            given = toolbox.instruct(given)
             if options.get("schema") is None:
                 options["schema"] = toolbox.schema
         for_template = toolbox.for_template if toolbox is not None else None
@@ -362,12 +367,9 @@ class KVMem:
         named = {name: options.pop(name, None) for name in names}
         sampling = self._sampling(named, options)
 
-        given = check_messages(messages)
-
         def build() -> Request:
             return self._requests.for_messages(started, given, context, sampling.max_tokens, for_template)
 
-        conversation = None if thread is None else (thread, given)
         return self._start(build, blend, sampling, toolbox, timeout, conversation)
 
     def _sampling(self, options: Mapping[str, Any], extra: Mapping[str, Any]) -> Sampling:
@@ -395,21 +397,21 @@ class KVMem:
         known = None if conversation is None else self._threads.branches(conversation[0], self.model.fingerprint)
         if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
             raise InputError(f"timeout={timeout!r} is no time. Give seconds, more than 0.")
-        settings = self._blend(blend)
+        parsed = self._parse_blend(blend)
 
-        def work(listener: Listener) -> Answer:
+        def work(listener: Listener, settings: BlendSettings) -> Answer:
             request = build()
             listener.planned(request.plan, request.sources)
-            answer, branch = self._runner.answer(request, settings, sampling, listener, known)
+            answer, turn = self._runner.answer(request, settings, sampling, listener, known)
             if toolbox is not None:
                 text, calls = toolbox.read(answer.text)
                 answer = replace(answer, text=text, tool_calls=calls)
-            if conversation is not None:
+            if conversation is not None and turn is not None:
                 thread, messages = conversation
-                self._threads.keep(thread, self.model.fingerprint, branch, [*messages, answer.message])
+                self._threads.keep(thread, self.model.fingerprint, turn, [*messages, answer.message])
             return answer
 
-        return self._worker.stream(work, timeout)
+        return self._worker.stream(work, timeout, lambda: self._resolve(parsed))
 
     def retrieve(self, question: str, k: int) -> tuple[Source, ...]:
         """The `k` most relevant chunks of the corpus, best first, as the retriever scores them; none that it finds
@@ -441,7 +443,7 @@ class KVMem:
         Arguments and errors as in `ask`.
         """
         started = time.perf_counter()
-        settings = self._blend(blend)
+        settings = self._resolve(self._parse_blend(blend))
 
         def work() -> Prefill:
             request = self._requests.for_question(started, question, context, system, self.settings.max_tokens)
@@ -449,8 +451,11 @@ class KVMem:
 
         return self._worker.run(work)
 
-    def _blend(self, blend: BlendSettings | str | Mapping[str, Any] | None) -> BlendSettings:
-        parsed = self.settings.blend if blend is None else BlendSettings.parse(blend)
+    def _parse_blend(self, blend: BlendSettings | str | Mapping[str, Any] | None) -> BlendSettings:
+        return self.settings.blend if blend is None else BlendSettings.parse(blend)
+
+    def _resolve(self, parsed: BlendSettings) -> BlendSettings:
+        """With a number for "auto", which a check of the model may have to find first."""
         if parsed.recompute != "auto":
             return parsed
         from kvmem.check import check, recall  # the check is written with KVMem

@@ -46,7 +46,7 @@ def _read_html(path: Path) -> tuple[str, str | None]:
         raise InputError(_MISSING.format(path=path, package="markdownify")) from error
     soup = BeautifulSoup(_read_text(path), "html.parser")
     title = soup.title.get_text(strip=True) if soup.title else None
-    for tag in soup(["script", "style", "head", "nav"]):
+    for tag in soup(["script", "style", "title", "meta", "link", "nav"]):
         tag.decompose()
     return str(MarkdownConverter(heading_style="ATX").convert_soup(soup)).strip(), title
 
@@ -61,7 +61,7 @@ def _read_pdf(path: Path) -> tuple[str, str | None]:
         reader = pypdf.PdfReader(path)
         pages = [page.extract_text() for page in reader.pages]
         title = reader.metadata.title if reader.metadata is not None else None
-    except (OSError, pypdf.errors.PyPdfError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a parser of a hostile format raises anything
         raise InputError(f"{path} cannot be read as PDF: {first_line(error)}. Give a text file.") from error
     text = "\n\n".join(page.strip() for page in pages if page.strip())
     if not text:

@@ -126,7 +126,7 @@ def generate(
             attention_mask=torch.ones_like(prompt),
             past_key_values=cache,
             streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([_Stop(streamer, listener)]),
+            stopping_criteria=StoppingCriteriaList([_Stop(streamer, listener, len(token_ids))]),
         )
     reason: FinishReason = "length"
     if streamer.stopped or (streamer.token_ids and streamer.token_ids[-1] in ends(model, sampling)):
@@ -222,6 +222,10 @@ class _Streamer(BaseStreamer):
         if not self.stopped:
             self._advance(final=True)
 
+    def ends(self, token_ids: list[int]) -> bool:
+        """Whether there is a stop string in these tokens."""
+        return bool(self._stop) and cut_at_stop(str(self._decode(token_ids, skip_special_tokens=True)), self._stop)[0]
+
     def _advance(self, final: bool) -> None:
         text = str(self._decode(self.token_ids, skip_special_tokens=True))
         self.stopped, text = cut_at_stop(text, self._stop)
@@ -243,11 +247,11 @@ class _Streamer(BaseStreamer):
 
 
 class _Stop(StoppingCriteria):
-    """Ends generation at a stop string or when the caller no longer listens."""
+    """Ends generation at a stop string or when the caller no longer listens. It is asked before the streamer is told."""
 
-    def __init__(self, streamer: _Streamer, listener: Listener) -> None:
-        self._streamer, self._listener = streamer, listener
+    def __init__(self, streamer: _Streamer, listener: Listener, prompt: int) -> None:
+        self._streamer, self._listener, self._prompt = streamer, listener, prompt
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        done = self._streamer.stopped or self._listener.cancelled()
+        done = self._streamer.ends(input_ids[0, self._prompt :].tolist()) or self._listener.cancelled()
         return torch.full((input_ids.shape[0],), done, dtype=torch.bool, device=input_ids.device)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from kvmem.compose import Composer
 from kvmem.corpus import Corpus
 from kvmem.document import Document
-from kvmem.entry import Context
+from kvmem.entry import EntryKey
 from kvmem.errors import InputError, PromptTooLongError, UnknownDocumentError
 from kvmem.prompt import Span
 from kvmem.request import RequestBuilder
@@ -15,7 +15,6 @@ from kvmem.runner import Runner
 from kvmem.settings import Settings
 from kvmem.stats import DocumentStats, Stats
 from kvmem.store.base import Store
-from kvmem.thread import Branch
 
 
 class Library:
@@ -81,17 +80,15 @@ class Library:
         """Remove the caches of a text that is not of the corpus, unless the corpus has it as well."""
         self._forget(self._corpus.split(document))
 
-    def forget_branches(self, branches: Sequence[Branch]) -> None:
-        """Remove the caches of a conversation, but not those of the system prompt and of documents."""
+    def forget_spans(self, spans: Mapping[str, Iterable[str]]) -> None:
+        """Remove the caches of a conversation: every entry of these tokens, by fingerprint of the model, but not those
+        of the system prompt and of documents."""
         kept = self._corpus.in_use() | {span.digest for span in self._requests.prefix(None)}
-        for branch in branches:
-            context, start = Context(), 0
-            for edge in branch.edges:
-                span = Span(branch.token_ids[start:edge])
-                if span.digest not in kept:
-                    self._store.delete(self._composer.key(context, span))
-                context.extend(span.token_ids, span.digest)
-                start = edge
+        for fingerprint, digests in spans.items():
+            for digest in set(digests) - kept:
+                key = EntryKey(self._settings.namespace, fingerprint, "", digest)
+                for info in self._store.find(key):
+                    self._store.delete(info.key)
 
     def remove(self, document_id: str) -> None:
         """Raises UnknownDocumentError."""

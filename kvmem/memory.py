@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
@@ -75,7 +75,7 @@ class Memory:
         """Keep a text, and read it once. One of the same id is replaced. Raises InputError, EmptyInputError."""
         document = as_document(text, id or uuid4().hex, metadata)
         now = self._clock()
-        old = self._find(document.id)
+        old = self.find(document.id)
         created = now if old is None else old.created
         item = MemoryItem(document.id, document.text, document.metadata, importance, pinned, created, now)
         return self._write(item, old)
@@ -104,19 +104,28 @@ class Memory:
             raise InputError(f"importance={item.importance} is outside [0, 1].")
         self.mem.read([_document(item)])
         self._rows[self._name(item.id)] = json.dumps({**vars(item), "metadata": dict(item.metadata)})
-        if old is not None and old.text != item.text:
-            self.mem.forget_text(_document(old))
+        if old is not None and _document(old) != _document(item):
+            self._release(old)
         return item
+
+    def _release(self, old: MemoryItem) -> None:
+        """Remove the caches of what is no memory any more, unless another memory reads the same, in whatever space."""
+        start = "memory:" + json.dumps([self.mem.settings.namespace])[:-1] + ","
+        others = (MemoryItem(**json.loads(raw)) for name, raw in self._rows.items() if name.startswith(start))
+        same = (old.text, old.metadata.get("title"))
+        if all((item.text, item.metadata.get("title")) != same for item in others):
+            self.mem.forget_text(_document(old))
 
     def get(self, id: str) -> MemoryItem:  # noqa: A002
         """Raises UnknownMemoryError."""
-        item = self._find(id)
+        item = self.find(id)
         if item is None:
             raise UnknownMemoryError(f"There is no memory {id!r} in space {self.space!r}. list() names them.")
         return item
 
-    def _find(self, identity: str) -> MemoryItem | None:
-        raw = self._rows.get(self._name(identity))
+    def find(self, id: str) -> MemoryItem | None:  # noqa: A002
+        """The memory, or None."""
+        raw = self._rows.get(self._name(id))
         return None if raw is None else MemoryItem(**json.loads(raw))
 
     def list(self) -> Sequence[MemoryItem]:
@@ -126,10 +135,11 @@ class Memory:
         return sorted(items, key=lambda item: (item.created, item.id))
 
     def forget(self, id: str) -> None:  # noqa: A002
-        """Remove a memory, and its caches if no other text needs them. Raises UnknownMemoryError."""
+        """Remove a memory, and its caches if no document or other memory needs them. Conversations it was part of keep
+        what was in their prompts: see `KVMem.forget_thread`. Raises UnknownMemoryError."""
         item = self.get(id)
         del self._rows[self._name(id)]
-        self.mem.forget_text(_document(item))
+        self._release(item)
 
     def clear(self) -> None:
         """Forget everything in this space."""
@@ -137,19 +147,30 @@ class Memory:
             self.forget(item.id)
 
     def recall(
-        self, query: str, k: int = 5, *, where: Mapping[str, Any] | None = None, minimum: float = 0.0
+        self,
+        query: str,
+        k: int = 5,
+        *,
+        where: Mapping[str, Any] | None = None,
+        minimum: float = 0.0,
+        without: Collection[str] = (),
     ) -> Sequence[Recalled]:
         """The `k` memories that matter most for `query`, best first; pinned ones come before them and do not count.
 
         The score is the mean of relevance (BM25, the best memory's being 1), importance, and recency (decay to the
         power of the hours since it was last changed), as in Generative Agents (Park et al., UIST 2023).
-        where: values that a memory's metadata must have. minimum: of the relevance, in [0, 1].
+        where: values that a memory's metadata must have. minimum: of the relevance, in [0, 1]. without: ids to leave
+        out.
         Raises InputError.
         """
         if k < 0:
             raise InputError(f"k={k} is below 0.")
         wanted = dict(where or {})
-        items = [i for i in self.list() if all(i.metadata.get(name) == value for name, value in wanted.items())]
+        items = [
+            item
+            for item in self.list()
+            if item.id not in without and all(item.metadata.get(name) == value for name, value in wanted.items())
+        ]
         chunks = [Chunk(item.text, item.id, 0, item.metadata) for item in items]
         relevance = self._words.score(query, chunks) if query.strip() else [0.0] * len(items)
         best = max(relevance, default=0.0) or 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,7 +74,7 @@ class RequestBuilder:
         scores = self._retriever.score(question, chunks)
         best = sorted(range(len(chunks)), key=lambda i: (-scores[i], i))[:k]
         found = ((chunks[i], scores[i]) for i in best if scores[i] > 0)
-        return tuple(Source(c.document_id, c.index, c.text, c.metadata, score) for c, score in found)
+        return tuple(Source(c.document_id, c.index, c.text, deepcopy(c.metadata), score) for c, score in found)
 
     def for_messages(
         self,
@@ -149,7 +150,7 @@ class RequestBuilder:
             reason = f"{plan.reason}; the oldest {dropped} messages did not fit and were left out"
             plan = replace(plan, reason=reason, dropped=dropped)
         sources = tuple(
-            Source(c.document_id, c.index, c.text, c.metadata, scores[i] if scores else None)
+            Source(c.document_id, c.index, c.text, deepcopy(c.metadata), scores[i] if scores else None)
             for i, c in ((i, chunks[i]) for i in plan.chunks)
         )
         taken = tuple(spans[i] for i in plan.chunks)

@@ -39,26 +39,27 @@ class BM25Retriever:
     comparable = True
 
     def __init__(self) -> None:
-        self._indexed: tuple[str, ...] = ()
-        self._index: bm25s.BM25 | None = None
+        # Replaced as one, so that threads may share a retriever.
+        self._kept: tuple[tuple[str, ...], bm25s.BM25 | None] = ((), None)
 
     def score(self, question: str, chunks: Sequence[Chunk]) -> list[float]:
         texts = tuple(chunk.heading + chunk.text for chunk in chunks)
         if not texts:
             return []
-        if texts != self._indexed:
+        indexed, index = self._kept
+        if texts != indexed:
             terms = _terms(list(texts))
             # Text of stop words alone leaves nothing to index.
-            self._index = bm25s.BM25() if any(terms) else None
-            if self._index is not None:
-                self._index.index(terms, show_progress=False)
-            self._indexed = texts
-        if self._index is None:
+            index = bm25s.BM25() if any(terms) else None
+            if index is not None:
+                index.index(terms, show_progress=False)
+            self._kept = (texts, index)
+        if index is None:
             return [0.0] * len(texts)
-        known = [term for term in _terms([question])[0] if term in self._index.vocab_dict]
+        known = [term for term in _terms([question])[0] if term in index.vocab_dict]
         if not known:
             return [0.0] * len(texts)
-        return [float(s) for s in self._index.get_scores(known)]
+        return [float(s) for s in index.get_scores(known)]
 
 
 class HybridRetriever:

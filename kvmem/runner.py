@@ -19,8 +19,8 @@ from kvmem.prompt import Span
 from kvmem.request import Request
 from kvmem.settings import BlendSettings
 from kvmem.store.base import Store
-from kvmem.stream import Listener, Unheard
-from kvmem.thread import Branch, recut
+from kvmem.stream import Deadline, Listener
+from kvmem.thread import Branch, Turn, recut
 
 
 class Runner:
@@ -41,11 +41,11 @@ class Runner:
         sampling: Sampling,
         listener: Listener,
         branches: Sequence[Branch] | None = None,
-    ) -> tuple[Answer, Branch | None]:
+    ) -> tuple[Answer, Turn | None]:
         """Stitch, repair, generate, and store what was read.
 
-        branches: what is known of the conversation, if it is one; then the query and the answer are stored, too, and
-        the conversation is returned as a branch if all of it is exact.
+        branches: what is known of the conversation, if it is one; then the query and the answer are stored, too, if all
+        is exact, and what the turn left behind is returned. It is None when the answer was cancelled.
         """
         prompt = request.prompt if branches is None else recut(request.prompt, branches)
         stitched = self._stitch(prompt.spans, prompt.query, spare=sampling.max_tokens)
@@ -59,9 +59,9 @@ class Runner:
             self._keep(stitched)
             raise
         self._keep(stitched, blend, (*prompt.query, *generated.token_ids))
-        branch = None
-        if branches is not None and not stitched.segments:
-            branch = self._keep_turn(stitched, (*prompt.query, *generated.token_ids))
+        turn = None
+        if branches is not None and generated.finish_reason != "cancelled":
+            turn = self._keep_turn(stitched, (*prompt.query, *generated.token_ids))
         answer = Answer(
             text=generated.text,
             sources=request.sources,
@@ -70,10 +70,13 @@ class Runner:
             timings=_timings(request, after_stitch, generated.first_token),
             finish_reason=generated.finish_reason,
         )
-        return answer, branch
+        return answer, turn
 
-    def _keep_turn(self, stitched: Stitched, after: tuple[int, ...]) -> Branch:
-        """Store what was read and said behind the spans; the last token said was not read."""
+    def _keep_turn(self, stitched: Stitched, after: tuple[int, ...]) -> Turn:
+        """Store what was read and said behind exact spans; the last token said was not read."""
+        spans = frozenset(item.span.digest for item in stitched.placed if item.span.document is None)
+        if stitched.segments:
+            return Turn(None, spans)
         start, end = len(stitched.token_ids), stitched.cache.length
         tail = Span(after[: end - start])
         context = Context()
@@ -81,9 +84,12 @@ class Runner:
             context.extend(item.span.token_ids, item.span.digest)
         key = self._composer.key(context, tail)
         self._store.put(stitched.cache.entry(key, tail.token_ids, start, context.spans))
-        return Branch((*stitched.token_ids, *tail.token_ids), (*(item.end for item in stitched.placed), end))
+        branch = Branch((*stitched.token_ids, *tail.token_ids), (*(item.end for item in stitched.placed), end))
+        return Turn(branch, spans | {tail.digest})
 
-    def answer_all(self, requests: Sequence[Request], blend: BlendSettings, sampling: Sampling) -> list[Answer]:
+    def answer_all(
+        self, requests: Sequence[Request], blend: BlendSettings, sampling: Sampling, deadline: Deadline
+    ) -> list[Answer]:
         """Answer all, in their order: those whose prompts differ in the query alone together, if the model can."""
         groups: dict[tuple[Span, ...], list[int]] = {}
         for number, request in enumerate(requests):
@@ -92,13 +98,16 @@ class Runner:
         for members in groups.values():
             chosen = [requests[number] for number in members]
             if len(chosen) > 1 and self._model.blendable and not self._model.anatomy.recurrent:
-                found = self._answer_together(chosen, blend, sampling)
+                found = self._answer_together(chosen, blend, sampling, deadline)
             else:
-                found = [self.answer(request, blend, sampling, Unheard())[0] for request in chosen]
+                found = [self.answer(request, blend, sampling, deadline)[0] for request in chosen]
+            deadline.check()
             answers.update(zip(members, found, strict=True))
         return [answers[number] for number in range(len(requests))]
 
-    def _answer_together(self, requests: Sequence[Request], blend: BlendSettings, sampling: Sampling) -> list[Answer]:
+    def _answer_together(
+        self, requests: Sequence[Request], blend: BlendSettings, sampling: Sampling, deadline: Deadline
+    ) -> list[Answer]:
         """Answer requests whose prompts differ in the query alone. What is read and repaired for all of them is counted
         as the work of the first. The model can be blended."""
         spans = requests[0].prompt.spans
@@ -109,7 +118,7 @@ class Runner:
             repair = plan_shared_repair(self._model, stitched, queries, blend)
             if repair.step is not None:
                 repair.run(self._model, stitched.cache)
-            found = generate_together(self._model, stitched.cache, stitched.token_ids, queries, sampling)
+            found = generate_together(self._model, stitched.cache, stitched.token_ids, queries, sampling, deadline)
         except BaseException:
             self._keep(stitched)
             raise

@@ -14,7 +14,7 @@ from kvmem.settings import SplitSettings
 # Where a text may be cut, strongest first: before a heading, after a blank line, after a line, after a sentence.
 _CUTS = (
     re.compile(r"(?<=\n)(?=#{1,6} )"),
-    re.compile(r"(?<=\n)[ \t]*\n+"),
+    re.compile(r"(?<=\n)(?:[ \t]*\r?\n)+"),
     re.compile(r"\n"),
     re.compile(r"(?<=[.!?;])[ \t]+|(?<=[。！？；])"),
 )

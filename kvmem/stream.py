@@ -32,8 +32,19 @@ class Listener(Protocol):
         """Whether nobody waits for the answer any more."""
 
 
-class Unheard:
-    """A listener that nobody reads."""
+class Deadline:
+    """A listener that nobody reads, and whose answers have to be there by then.
+
+    until: `time.monotonic` seconds, or None.
+    """
+
+    def __init__(self, until: float | None) -> None:
+        self._until = until
+
+    def check(self) -> None:
+        """Raises AnswerTimeoutError when it is over."""
+        if self.cancelled():
+            raise AnswerTimeoutError("The answers were not there in time. Give more time, or ask less at once.")
 
     def planned(self, plan: Plan, sources: tuple[Source, ...]) -> None:
         pass
@@ -42,7 +53,7 @@ class Unheard:
         pass
 
     def cancelled(self) -> bool:
-        return False
+        return self._until is not None and time.monotonic() >= self._until
 
 
 class AnswerStream:

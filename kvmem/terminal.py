@@ -85,7 +85,7 @@ class Chat:
                 self._memory.forget(found[0].id)
                 self._note("Forgotten.")
         elif name == "/new":
-            if self._messages:
+            if self._thread in self._mem.threads():
                 self._mem.forget_thread(self._thread)
             self._messages = []
             self._note("A new conversation.")

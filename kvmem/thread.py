@@ -17,6 +17,15 @@ _BRANCHES = 4
 
 
 @dataclass(frozen=True)
+class Turn:
+    """What a turn left behind. branch: the conversation, if all of it is exact. spans: digests of the tokens of every
+    span that was read or said in it, but for those of documents."""
+
+    branch: Branch | None
+    spans: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Branch:
     """Tokens that were read one after the other, exactly. edges: where entries of them end, ascending."""
 
@@ -61,29 +70,32 @@ class Threads:
         found = json.loads(raw)["branches"].get(fingerprint, []) if raw is not None else []
         return [Branch(tuple(row["token_ids"]), tuple(row["edges"])) for row in found]
 
-    def keep(self, thread: str, fingerprint: str, branch: Branch | None, messages: Sequence[Message]) -> None:
-        """Note the conversation as it is now, and, if all of it is exact, its tokens."""
+    def keep(self, thread: str, fingerprint: str, turn: Turn, messages: Sequence[Message]) -> None:
+        """Note the conversation as it is now, and what is to be removed with it."""
+        branch = turn.branch
         with self._lock:
             raw = self._rows.get(self._name(thread))
             branches = json.loads(raw)["branches"] if raw is not None else {}
+            spans = json.loads(raw)["spans"] if raw is not None else {}
+            spans[fingerprint] = sorted({*spans.get(fingerprint, ()), *turn.spans})
             if branch is not None:
                 row = {"token_ids": list(branch.token_ids), "edges": list(branch.edges)}
                 older = [r for r in branches.get(fingerprint, []) if r["token_ids"] != row["token_ids"]]
                 # An older branch that this one continues adds nothing.
                 older = [r for r in older if row["token_ids"][: len(r["token_ids"])] != r["token_ids"]]
                 branches[fingerprint] = [row, *older][:_BRANCHES]
-            plain = [_plain(message) for message in messages]
-            self._rows[self._name(thread)] = json.dumps({"messages": plain, "branches": branches})
+            plain = [plain_message(message) for message in messages]
+            self._rows[self._name(thread)] = json.dumps({"messages": plain, "branches": branches, "spans": spans})
 
-    def remove(self, thread: str) -> list[Branch]:
-        """Forget it; what was known of its tokens, with any model. Raises UnknownThreadError."""
+    def remove(self, thread: str) -> dict[str, list[str]]:
+        """Forget it; the digests of its spans, by fingerprint of the model. Raises UnknownThreadError."""
         with self._lock:
             raw = self._rows.get(self._name(thread))
             if raw is None:
                 raise UnknownThreadError(f"There is no conversation {thread!r}. Known are: {self.names()!r}.")
             del self._rows[self._name(thread)]
-        found = [row for rows in json.loads(raw)["branches"].values() for row in rows]
-        return [Branch(tuple(row["token_ids"]), tuple(row["edges"])) for row in found]
+        found: dict[str, list[str]] = json.loads(raw)["spans"]
+        return found
 
 
 def recut(prompt: Prompt, branches: Sequence[Branch]) -> Prompt:
@@ -111,7 +123,7 @@ def recut(prompt: Prompt, branches: Sequence[Branch]) -> Prompt:
     return Prompt(tuple(spans), tuple(ids[begin:]))
 
 
-def _plain(message: Message) -> dict[str, Any]:
+def plain_message(message: Message) -> dict[str, Any]:
     """A message as JSON: its texts joined, everything else as it is. Raises InputError."""
 
     plain = {**message, "content": "".join(piece.text for piece in as_pieces(message.get("content")))}

@@ -36,13 +36,17 @@ class Worker:
 
         return self._executor.submit(turn).result()
 
-    def stream(self, work: Callable[[Listener], Answer], timeout: float | None) -> AnswerStream:
-        """Begin `work`; closing the worker cancels it."""
+    def stream(
+        self, work: Callable[[Listener, T], Answer], timeout: float | None, prepare: Callable[[], T]
+    ) -> AnswerStream:
+        """Begin `work`; closing the worker cancels it. prepare: called before, in the same thread, while other engines
+        of the model may run; its result is handed to `work`."""
         self.check_open()
 
         def turn(listener: Listener) -> Answer:
+            prepared = prepare()
             with self._turn():
-                return work(listener)
+                return work(listener, prepared)
 
         stream = AnswerStream(self._executor, turn, timeout)
         self._streams.add(stream)

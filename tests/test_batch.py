@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import open_mem
 
-from kvmem import InputError, KVMem, LanguageModel
+from kvmem import AnswerTimeoutError, InputError, KVMem, LanguageModel
 from kvmem.shared import attend_shared
 from kvmem.testing import tiny_model
 
@@ -65,6 +65,28 @@ def test_stop_strings_and_lengths_hold_for_every_row(mem: KVMem) -> None:
     assert stopped[0].finish_reason == "stop"
     assert [answer.text for answer in stopped] == [text.split(stop)[0] for text in texts]
     assert all(answer.usage.generated == 1 for answer in mem.batch(QUESTIONS, max_tokens=1))
+
+
+def test_padding_is_not_counted_as_generated(tmp_path: Path) -> None:
+    """A row that ended at a stop string is filled by transformers, with a token that need not end anything."""
+    model = tiny_model()
+    model.hf.generation_config.pad_token_id = 65
+    with open_mem(model, tmp_path / "kv", max_tokens=20) as mem:
+        mem.add_all(TEXTS)
+        text = mem.ask(QUESTIONS[2]).text
+        stop = next(c for c in text if c.isprintable() and c.strip() and c != "\ufffd")
+        single = [mem.ask(question, stop=stop) for question in QUESTIONS]
+        batch = mem.batch(QUESTIONS, stop=stop)
+    assert [answer.usage.generated for answer in batch] == [answer.usage.generated for answer in single]
+    assert [answer.text for answer in batch] == [answer.text for answer in single]
+
+
+def test_a_batch_has_a_time_out(mem: KVMem) -> None:
+    """As a question has."""
+    mem.add_all(TEXTS)
+    with pytest.raises(AnswerTimeoutError, match="in time"):
+        mem.batch(QUESTIONS, timeout=0.05, max_tokens=3000)
+    assert len(mem.batch(QUESTIONS, timeout=60)) == 3
 
 
 def test_a_batch_leaves_the_engine_as_it_was(mem: KVMem) -> None:

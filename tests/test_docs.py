@@ -33,10 +33,15 @@ def run(command: list[str], directory: Path) -> str:
     return result.stdout
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("readme")
+
+
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
-def test_readme_python_runs(code: str, tmp_path: Path) -> None:
-    """Pasted into a file, it runs without an error."""
-    run([sys.executable, "-c", code], tmp_path)
+def test_readme_python_runs(code: str, shared: Path) -> None:
+    """Pasted into a file, it runs without an error, in the directory that the blocks before it have used."""
+    run([sys.executable, "-c", code], shared)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,35 @@ def test_html_becomes_markdown_with_its_title(tmp_path: Path) -> None:
     assert document.text.startswith("# Rent\n\nIt is **due**.")
     assert "alert" not in document.text
     assert document.metadata == {"source": str(file), "title": "The lease"}
+
+
+def test_html_that_leaves_out_optional_tags_keeps_its_text(tmp_path: Path) -> None:
+    """A head may end without saying so."""
+    file = tmp_path / "page.html"
+    file.write_text("<!DOCTYPE html><html><head><title>T</title><meta charset=utf-8><body><h1>Hi</h1><p>Text here</p>")
+    document = as_document(file)
+    assert document.text == "# Hi\n\nText here"
+    assert document.metadata["title"] == "T"
+
+
+def test_broken_pdfs_are_errors_of_ours(tmp_path: Path) -> None:
+    """Whatever the parser raises."""
+    from fpdf import FPDF
+
+    pdf = FPDF()
+    pdf.set_font("helvetica", size=12)
+    pdf.add_page()
+    pdf.cell(text="The rent is due.")
+    whole = bytes(pdf.output())
+    file = tmp_path / "x.pdf"
+    draw = random.Random(0)
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(3):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        file.write_bytes(bytes(data))
+        with suppress(InputError):
+            as_document(file)
 
 
 def test_pdf_is_read_page_by_page(tmp_path: Path) -> None:

@@ -1,15 +1,29 @@
 from __future__ import annotations
 
-import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import open_mem
 
-from kvmem import EmptyInputError, InputError, KVMem, LanguageModel, Memory, UnknownMemoryError, UnknownThreadError
+from kvmem import (
+    AnswerTimeoutError,
+    EmptyInputError,
+    InputError,
+    KVMem,
+    LanguageModel,
+    Memory,
+    StoreError,
+    UnknownMemoryError,
+    UnknownThreadError,
+)
 from kvmem.prompt import Prompt, Span
 from kvmem.store.forget import namespace_of
+from kvmem.testing import tiny_model
 from kvmem.thread import Branch, recut
 
 HELLO = [{"role": "user", "content": "Hello, who leaves at nine in the evening?"}]
@@ -192,6 +206,92 @@ def test_a_prompt_is_cut_as_the_branch_that_shares_most() -> None:
     assert recut(prompt, [Branch((7, 7), (1, 2))]) is prompt
 
 
+def test_a_turn_that_was_stopped_is_not_kept(mem: KVMem) -> None:
+    """Closed early or out of time: the conversation is as it was."""
+    stream = mem.stream_chat(HELLO, thread="t", max_tokens=2000)
+    next(iter(stream))
+    stream.close()
+    with pytest.raises(AnswerTimeoutError):
+        mem.chat(HELLO, thread="t", timeout=0.05, max_tokens=2000)
+    assert mem.threads() == []
+
+
+def decoded(mem: KVMem) -> list[str]:
+    """What the entries of a store were read from."""
+    entries = [mem.store.get(key) for key in mem.store.keys()]  # noqa: SIM118
+    return [mem.model.tokenizer.decode(entry.token_ids) for entry in entries if entry is not None]
+
+
+def test_a_forgotten_conversation_leaves_no_text(model: LanguageModel, tmp_path: Path) -> None:
+    """Not of approximate turns, of old branches, or of other models; documents stay read."""
+    told = "My card number is zanzibar, said the doctor at the harbour. "
+    documents = [f"Document {n} tells of harbour {n * 7}. " * 3 for n in range(3)]
+    other = tiny_model(seed=1)
+    for used in (other, model):
+        with open_mem(used, tmp_path / "kv") as mem:
+            mem.read(documents)
+            for n in range(6):
+                mem.chat([{"role": "user", "content": f"{n} {told}" * 2}], thread="t", max_tokens=2)
+            asked = [{"role": "user", "content": f"And here: {told}" * 2}]
+            answer = mem.chat(asked, context=documents[::-1], thread="t", max_tokens=2)
+            assert answer.usage.reused > 0
+    with open_mem(model, tmp_path / "kv") as mem:
+        assert any("zanzibar" in text for text in decoded(mem))
+        mem.forget_thread("t")
+        assert not any("zanzibar" in text for text in decoded(mem))
+        assert sum("tells of harbour" in text for text in decoded(mem)) >= 6
+
+
+def test_a_history_holds_what_was_said_and_nothing_of_ours(mem: KVMem) -> None:
+    """Instructions for tools are in the prompt, not in the conversation; what is not JSON is refused at once."""
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"n": {"type": "boolean"}}}}
+    tools = [{"type": "function", "function": function}]
+    for _ in range(2):
+        before = mem.history("t") if "t" in mem.threads() else []
+        mem.chat([*before, *HELLO], tools=tools, thread="t", max_tokens=60)
+    assert "functions" not in str(
+        [message["content"] for message in mem.history("t") if message["role"] != "assistant"]
+    )
+    assert [m["role"] for m in mem.history("t")][:1] == ["user"]
+    with pytest.raises(InputError, match="cannot be kept"):
+        mem.chat([{"role": "user", "content": "Hi", "extra": object()}], thread="u")
+
+
+def test_memories_may_be_recalled_by_many_threads(mem: KVMem) -> None:
+    """Each gets its own answer."""
+    memory = Memory(mem)
+    for n in range(12):
+        memory.remember(f"fact{n} is known", metadata={"k": n})
+
+    def find(n: int) -> str:
+        return memory.recall(f"fact{n % 12}", 1, where={"k": n % 12})[0].item.text
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(find, range(120))) == [f"fact{n % 12} is known" for n in range(120)]
+
+
+def test_caches_that_other_memories_need_stay(mem: KVMem) -> None:
+    """The same text twice is read once, and goes with the last of them; a title that changes leaves nothing behind."""
+    one, two = Memory(mem), Memory(mem, "other")
+    text = "The ferry leaves at nine in the evening. "
+    first, second = one.remember(text), two.remember(text)
+    one.forget(first.id)
+    assert any("ferry" in t for t in decoded(mem))
+    two.update(second.id, metadata={"title": "SECRET"})
+    two.update(second.id, metadata={"title": "open"})
+    assert not any("SECRET" in t for t in decoded(mem))
+    two.forget(second.id)
+    assert not any("ferry" in t for t in decoded(mem))
+
+
+def test_what_a_caller_does_to_metadata_stays_with_the_caller(mem: KVMem) -> None:
+    """Sources and documents are copies."""
+    mem.add("The ferry leaves at nine.", id="f", metadata={"tags": ["a"]})
+    for found in (mem.ask("When?", max_tokens=1).sources[0].metadata, mem.list()[0].metadata):
+        found["tags"].append("b")
+    assert mem.list()[0].metadata == mem.ask("When?", max_tokens=1).sources[0].metadata == {"tags": ["a"]}
+
+
 # Tenants
 
 MARKER = "zanzibar-4711-quokka"
@@ -236,6 +336,38 @@ def test_a_user_is_forgotten_to_the_last_byte(model: LanguageModel, tmp_path: Pa
         assert eve.list() == ()
         assert eve.threads() == []
         assert Memory(eve).list() == []
+
+
+def test_what_a_killed_process_left_is_forgotten_too(model: LanguageModel, tmp_path: Path) -> None:
+    """Its files were noted before they were written."""
+    with open_mem(model, tmp_path / "kv", namespace="eve") as mem:
+        fill(mem)
+        store = mem.store.durable  # type: ignore[attr-defined]
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        with store._index.transaction() as connection:
+            connection.execute("INSERT INTO pending VALUES ('left', 'eve', 5, ?, ?)", (gone.pid, time.time()))
+        store._files._scratch.joinpath("left").write_text(MARKER)
+        mem.forget_user()
+    assert MARKER.encode() not in contents(tmp_path / "kv")
+
+
+def test_files_that_cannot_be_removed_are_an_error(
+    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And are removed by the next attempt."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("no")
+
+    with open_mem(model, tmp_path / "kv", namespace="eve") as mem:
+        fill(mem)
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "unlink", refuse)
+            with pytest.raises(StoreError, match="could not be removed"):
+                mem.forget_user()
+        mem.forget_user()
+        assert not list((tmp_path / "kv").rglob("*.safetensors"))
 
 
 def test_an_engine_that_forgets_its_own_user_goes_on(mem: KVMem) -> None:
@@ -293,4 +425,3 @@ def test_rows_name_their_tenant() -> None:
     assert namespace_of('thread:["a:[b]", "t"]') == "a:[b]"
     for name in ("x", "thread:[", "[]", "{}"):
         assert namespace_of(name) is None
-    assert os.sep not in "thread:"

@@ -82,6 +82,13 @@ def test_an_edit_anywhere_changes_two_chunks_at_most(kind: str, edit: str) -> No
     assert max(changed) <= 4
 
 
+def test_line_ends_of_windows_are_line_ends() -> None:
+    """A text is cut at its blank lines whatever they are made of."""
+    unix = split(KINDS["prose"], words, SIZES)
+    windows = split(KINDS["prose"].replace("\n", "\r\n"), words, SIZES)
+    assert [chunk.replace("\r", "") for chunk in windows] == list(unix)
+
+
 def test_chunks_carry_the_headings_they_continue_under() -> None:
     """Title and heading path, but not what the chunk says itself; code is no heading."""
     chunks = [

@@ -46,6 +46,9 @@ class CachedContextChain(Runnable[Inputs, Inputs]):
     ) -> CachedContextChain:
         """Read `documents` into an engine; those it has read before cost nothing. `model` may be an engine.
 
+        The chain answers from everything in the engine, what was added earlier included. Documents without an id are
+        known by their content.
+
         system_prompt: stands before the documents. document_prompt: how a document is shown, by its `page_content` and
         metadata; without one, as its text. retriever: chooses chunks when they do not all fit the window.
         Raises InputError.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -63,11 +64,22 @@ class ChatKVMem(BaseChatModel):
     def engine(self) -> KVMem:
         """The engine; opened by the first call."""
         if self.mem is not None:
+            if self.namespace not in ("default", self.mem.settings.namespace) or self.store or self.model_kwargs:
+                raise InputError(
+                    "This engine has a namespace, a store and settings. Give them to KVMem, or no mem here."
+                )
             return self.mem
+        if self._opened is not None:
+            return self._opened
         with _OPENING:
             if self._opened is None:
                 self._opened = KVMem(self.model_name, self.store, namespace=self.namespace, **self.model_kwargs)
             return self._opened
+
+    async def _ready(self) -> None:
+        """Open the engine without blocking the event loop."""
+        if self.mem is None and self._opened is None:
+            await asyncio.to_thread(lambda: self.engine)
 
     @property
     def _llm_type(self) -> str:
@@ -103,7 +115,7 @@ class ChatKVMem(BaseChatModel):
     def _resolve_model_profile(self) -> ModelProfile | None:
         if self.mem is None and self._opened is None:
             return None
-        return {"max_input_tokens": self.engine.model.window, "structured_output": True, "tool_calling": True}
+        return {"max_input_tokens": self.engine.model.window, "tool_calling": True}
 
     def get_token_ids(self, text: str) -> list[int]:
         return list(self.engine.model.tokenize(text, markup=False))
@@ -126,6 +138,7 @@ class ChatKVMem(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
+        await self._ready()
         return self._result(await self._open(messages, stop, kwargs).wait())
 
     def _stream(
@@ -152,6 +165,7 @@ class ChatKVMem(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
+        await self._ready()
         with_tools = bool(kwargs.get("tools"))
         with self._open(messages, stop, kwargs) as stream:
             async for piece in stream:
@@ -178,6 +192,9 @@ class ChatKVMem(BaseChatModel):
             given.pop(internal, None)
         if given.pop("model", self.model_name) not in (self.model_name, self.engine.model.name):
             raise InputError(f"This ChatKVMem has loaded {self.engine.model.name!r}. Make another for another model.")
+        wanted = given.pop("response_format", None)
+        if wanted is not None and given.get("schema") is None:
+            given["schema"] = _schema_of(wanted)
         given["tool_choice"] = given.get("tool_choice") or "auto"
         return self.engine.stream_chat(to_messages(messages), stop=stop or self.stop, **given)
 
@@ -271,6 +288,18 @@ class ChatKVMem(BaseChatModel):
             [failed], exception_key="parsing_error"
         )
         return both
+
+
+def _schema_of(response_format: Any) -> dict[str, Any] | None:
+    """The JSON schema that OpenAI's `response_format` asks for. Raises InputError."""
+    kind = response_format.get("type") if isinstance(response_format, dict) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    if kind == "json_schema" and isinstance(response_format.get("json_schema"), dict):
+        return dict(response_format["json_schema"].get("schema") or {"type": "object"})
+    raise InputError(f"response_format={response_format!r} is not known. Give OpenAI's, or a schema.")
 
 
 def _check_complete(message: BaseMessage) -> None:

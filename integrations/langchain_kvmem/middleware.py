@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 from langchain.agents.middleware import AgentMiddleware, AgentState, ModelRequest, ModelResponse
-from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
+from langchain.agents.middleware.types import PrivateStateAttr
+from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, SystemMessage
 from langgraph.runtime import Runtime
 
-from kvmem import Document, Memory
+from kvmem import Document, KVMemError, Memory
 from langchain_kvmem.chat_model import ChatKVMem
 
+logger = logging.getLogger("kvmem")
 Extract = Callable[[Sequence[AnyMessage]], Sequence[str]]
 
 
@@ -22,15 +25,21 @@ def said_by_the_user(messages: Sequence[AnyMessage]) -> list[str]:
     return [str(message.text) for message in messages if isinstance(message, HumanMessage) and message.text.strip()]
 
 
-class KVMemMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
+class _State(AgentState[Any]):
+    kvmem_before: NotRequired[Annotated[int, PrivateStateAttr]]
+
+
+class KVMemMiddleware(AgentMiddleware[_State, Any, Any]):
     """Recalls before every call of the model, and remembers when the agent is done.
 
     Memories are context of a `ChatKVMem`, cached one by one; another model gets them at the end of its system message.
 
     memory: of the user, or a function from the agent's runtime to it (several users, one agent). k: how many are
         recalled beside the pinned ones. extract: from the messages of a run to the texts to remember; None remembers
-        nothing.
+        nothing. A text that cannot be remembered is logged; the agent's answer is not lost for it.
     """
+
+    state_schema = _State
 
     def __init__(
         self,
@@ -44,6 +53,15 @@ class KVMemMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
 
     def _of(self, runtime: Runtime[Any]) -> Memory:
         return self._memory if isinstance(self._memory, Memory) else self._memory(runtime)
+
+    def before_agent(self, state: _State, runtime: Runtime[Any]) -> dict[str, Any] | None:
+        """Note how many messages are of earlier runs of the thread: those up to the last answer."""
+        messages = state["messages"]
+        answered = [number for number, message in enumerate(messages, 1) if isinstance(message, AIMessage)]
+        return {"kvmem_before": answered[-1] if answered else 0}
+
+    async def abefore_agent(self, state: _State, runtime: Runtime[Any]) -> dict[str, Any] | None:
+        return self.before_agent(state, runtime)
 
     def wrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
@@ -59,35 +77,39 @@ class KVMemMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         texts = [m.text for m in request.messages if isinstance(m, HumanMessage)]
         if not texts:
             return request
-        # What is asked stays out: it stands at the end of the prompt as it is.
-        asked = {_identity(text) for text in texts}
-        memory = self._of(request.runtime)
-        found = [
-            d for d in memory.context(texts[-1], self._k + len(asked)) if d.id.removeprefix("memory/") not in asked
-        ]
-        return _with(request, found[: self._k + sum(item.pinned for item in memory.list())]) if found else request
+        # What the user says in this conversation is in the prompt as it is.
+        found = self._of(request.runtime).context(texts[-1], self._k, without={_identity(text) for text in texts})
+        return _with(request, found) if found else request
 
-    def after_agent(self, state: AgentState[Any], runtime: Runtime[Any]) -> dict[str, Any] | None:
-        if self._extract is not None:
-            memory = self._of(runtime)
-            for text in self._extract(state["messages"]):
-                if all(item.id != _identity(text) for item in memory.list()):
+    def after_agent(self, state: _State, runtime: Runtime[Any]) -> dict[str, Any] | None:
+        if self._extract is None:
+            return None
+        memory = self._of(runtime)
+        for text in self._extract(state["messages"][state.get("kvmem_before", 0) :]):
+            try:
+                if memory.find(_identity(text)) is None:
                     memory.remember(text, id=_identity(text))
+            except KVMemError as error:
+                logger.warning("kvmem: a text of %d characters is not remembered: %s", len(text), error)
         return None
 
-    async def aafter_agent(self, state: AgentState[Any], runtime: Runtime[Any]) -> dict[str, Any] | None:
+    async def aafter_agent(self, state: _State, runtime: Runtime[Any]) -> dict[str, Any] | None:
         return await asyncio.to_thread(self.after_agent, state, runtime)
 
 
 def _identity(text: str) -> str:
     """The same text is remembered once."""
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:32]
 
 
 def _with(request: ModelRequest[Any], documents: Sequence[Document]) -> ModelRequest[Any]:
     if isinstance(request.model, ChatKVMem):
         before = request.model_settings.get("context") or []
         return request.override(model_settings={**request.model_settings, "context": [*documents, *before]})
-    remembered = "\n\n".join(document.text for document in documents)
-    system = request.system_message.text + "\n\n" if request.system_message is not None else ""
-    return request.override(system_message=SystemMessage(f"{system}What you remember:\n\n{remembered}"))
+    remembered = "What you remember:\n\n" + "\n\n".join(document.text for document in documents)
+    system = request.system_message
+    if system is None:
+        return request.override(system_message=SystemMessage(remembered))
+    if isinstance(system.content, str):
+        return request.override(system_message=SystemMessage(f"{system.content}\n\n{remembered}"))
+    return request.override(system_message=SystemMessage([*system.content, {"type": "text", "text": remembered}]))

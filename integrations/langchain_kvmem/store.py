@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from langgraph.store.base import (
     BaseStore,
@@ -22,14 +24,20 @@ from langgraph.store.base import (
     SearchItem,
     SearchOp,
     TTLConfig,
+    ensure_embeddings,
     get_text_at_path,
     tokenize_path,
 )
 
 from kvmem import InputError, KVMem
 from kvmem.document import Chunk, Document
-from kvmem.retrieve import BM25Retriever, Retriever
+from kvmem.retrieve import BM25Retriever, HybridRetriever, Retriever
+from kvmem.store import Store
 
+logger = logging.getLogger("kvmem")
+# Stores over one engine's store take turns.
+_LOCKS: WeakKeyDictionary[Store, threading.RLock] = WeakKeyDictionary()
+_GUARD = threading.Lock()
 _Row = dict[str, Any]
 _Place = tuple[tuple[str, ...], str]
 
@@ -39,14 +47,15 @@ class KVMemStore(BaseStore):
 
     mem: the engine. prefill: read an item at `put`, so that a prompt with its text as context finds it read: its
         `text` or `content`, or else what is searched.
-    index: {"fields": [...]}, the paths of a value that are searched; "$", all of it, by default.
-    retriever: scores them; BM25 by default, `kvmem.HybridRetriever(embeddings)` for an embedding model.
-    ttl: as in LangGraph, in minutes.
+    index: LangGraph's: `fields`, the paths of a value that are searched ("$", all of it, by default), and `embed`, an
+        embedding model that is then joined with BM25 (`kvmem.HybridRetriever`). retriever: scores items instead.
+    ttl: as in LangGraph, in minutes. What has expired is not found any more; it is removed by `sweep_ttl`, which runs
+        every `sweep_interval_minutes` if that is given, as part of an operation.
     Items live in the engine's store for as long as it does, and `KVMem.forget_user` removes them.
     """
 
     supports_ttl = True
-    __slots__ = ("_fields", "_lock", "_mem", "_prefill", "_retriever", "ttl_config")
+    __slots__ = ("_fields", "_lock", "_mem", "_prefill", "_retriever", "_swept", "ttl_config")
 
     def __init__(
         self,
@@ -59,9 +68,14 @@ class KVMemStore(BaseStore):
     ) -> None:
         self._mem, self._prefill = mem, prefill
         self._fields = list((index or {}).get("fields") or ["$"])
-        self._retriever: Retriever = retriever or BM25Retriever()
+        if unknown := (index or {}).keys() - {"dims", "embed", "fields"}:
+            raise InputError(f"index has {min(unknown)!r}, which is not known. Known are: dims, embed, fields.")
+        embed = ensure_embeddings(index["embed"]) if index and index.get("embed") else None
+        self._retriever: Retriever = retriever or (BM25Retriever() if embed is None else HybridRetriever(embed))
         self.ttl_config = ttl
-        self._lock = threading.RLock()
+        self._swept = time.time()
+        with _GUARD:
+            self._lock = _LOCKS.setdefault(mem.store, threading.RLock())
 
     # Operations
 
@@ -84,10 +98,25 @@ class KVMemStore(BaseStore):
                     results.append(self._list_namespaces(op))
                 else:
                     raise ValueError(f"Unknown operation type: {type(op)}")
-            written = [text for op in puts.values() if (text := self._put(op)) is not None]
-        if self._prefill and written:
-            self._mem.read(written)
+            changes = [self._put(op) for op in puts.values()]
+        for old, new in changes:
+            self._follow(old, new)
+        interval = (self.ttl_config or {}).get("sweep_interval_minutes")
+        if interval and time.time() - self._swept > 60 * interval:
+            self.sweep_ttl()
         return results
+
+    def _follow(self, old: str | None, new: str | None) -> None:
+        """Bring the caches in line with what was written. The texts are safe by now: what cannot be read is logged."""
+        if not self._prefill or old == new:
+            return
+        try:
+            if new:
+                self._mem.read([new])
+            if old:
+                self._mem.forget_text(Document("item", old))
+        except InputError as error:
+            logger.warning("kvmem: an item is kept, but not read: %s", error)
 
     async def abatch(self, ops: Iterable[Op]) -> list[Result]:
         return await asyncio.to_thread(self.batch, list(ops))
@@ -95,18 +124,17 @@ class KVMemStore(BaseStore):
     def _name(self, namespace: tuple[str, ...], key: str) -> str:
         return "item:" + json.dumps([self._mem.settings.namespace, list(namespace), key])
 
-    def _put(self, op: PutOp) -> str | None:
-        """Write or delete; the text that is to be read."""
+    def _put(self, op: PutOp) -> tuple[str | None, str | None]:
+        """Write or delete; the text that was read before, and that is to be read now."""
         rows = self._mem.store.documents
         name = self._name(op.namespace, op.key)
-        if op.value is None:
-            old = rows.pop(name, None)
-            if old is not None and self._prefill:
-                self._forget(json.loads(old))
-            return None
-        now = time.time()
         raw = rows.get(name)
         old_row = None if raw is None else json.loads(raw)
+        old = None if old_row is None else str(old_row["read"])
+        if op.value is None:
+            rows.pop(name, None)
+            return old, None
+        now = time.time()
         # What has expired is not there.
         created = old_row["created"] if old_row is not None and not _expired(old_row, now) else now
         fields = self._fields if op.index is None else op.index or []
@@ -122,13 +150,7 @@ class KVMemStore(BaseStore):
             "read": next((v for n in ("text", "content") if isinstance(v := op.value.get(n), str)), text).strip(),
         }
         rows[name] = json.dumps(row)
-        if old_row is not None and self._prefill and old_row["read"] != row["read"]:
-            self._forget(old_row)
-        return str(row["read"]) or None
-
-    def _forget(self, row: _Row) -> None:
-        if row["read"]:
-            self._mem.forget_text(Document("item", row["read"]))
+        return old, str(row["read"])
 
     def _get(self, op: GetOp) -> Item | None:
         raw = self._mem.store.documents.get(self._name(op.namespace, op.key))
@@ -190,11 +212,13 @@ class KVMemStore(BaseStore):
         start = "item:" + json.dumps([self._mem.settings.namespace])[:-1] + ","
         rows, now = self._mem.store.documents, time.time()
         with self._lock:
-            gone = [name for name, raw in rows.items() if name.startswith(start) and _expired(json.loads(raw), now)]
+            found = {name: json.loads(raw) for name, raw in rows.items() if name.startswith(start)}
+            gone = {name: row for name, row in found.items() if _expired(row, now)}
             for name in gone:
-                raw = rows.pop(name, None)
-                if raw is not None and self._prefill:
-                    self._forget(json.loads(raw))
+                rows.pop(name, None)
+            self._swept = now
+        for row in gone.values():
+            self._follow(row["read"], None)
         return len(gone)
 
 

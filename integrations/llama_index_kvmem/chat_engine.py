@@ -19,8 +19,8 @@ from llama_index.core.memory import BaseMemory, Memory
 from llama_index.core.schema import BaseNode
 
 from kvmem import AnswerStream, KVMem
-from llama_index_kvmem.convert import count, describe, said, to_document, to_nodes
-from llama_index_kvmem.llm import to_message
+from llama_index_kvmem.convert import count, describe, said, to_distinct, to_nodes
+from llama_index_kvmem.llm import to_message, without_memories
 
 
 class KVMemChatEngine(BaseChatEngine):
@@ -46,7 +46,7 @@ class KVMemChatEngine(BaseChatEngine):
     ) -> KVMemChatEngine:
         """Read documents or nodes into an engine; those it has read before cost nothing."""
         mem = model if isinstance(model, KVMem) else KVMem(model, store, system=options.pop("system", None))
-        mem.add_all([to_document(document) for document in documents])
+        mem.add_all(to_distinct(documents))
         return cls(mem, **options)
 
     def chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
@@ -71,6 +71,7 @@ class KVMemChatEngine(BaseChatEngine):
         if chat_history is not None:
             self.memory.set(chat_history)
         stream = self._open(message, self.memory.get(input=message))
+        sources = to_nodes(stream.sources)
         self.memory.put(said(MessageRole.USER, message))
 
         def pieces() -> ChatResponseGen:
@@ -80,7 +81,7 @@ class KVMemChatEngine(BaseChatEngine):
                     text += piece
                     yield ChatResponse(message=said(MessageRole.ASSISTANT, text), delta=piece)
 
-        response = StreamingAgentChatResponse(chat_stream=pieces(), source_nodes=to_nodes(stream.sources))
+        response = StreamingAgentChatResponse(chat_stream=pieces(), source_nodes=sources)
         # LlamaIndex's response is filled, and its history written, by a thread of its own.
         thread = Thread(target=response.write_response_to_history, args=(self.memory,), daemon=True)
         response.write_response_to_history_thread = thread
@@ -93,6 +94,7 @@ class KVMemChatEngine(BaseChatEngine):
         if chat_history is not None:
             await self.memory.aset(chat_history)
         stream = self._open(message, await self.memory.aget(input=message))
+        sources = to_nodes(await stream.wait_for_sources())
         await self.memory.aput(said(MessageRole.USER, message))
 
         async def pieces() -> ChatResponseAsyncGen:
@@ -102,7 +104,6 @@ class KVMemChatEngine(BaseChatEngine):
                     text += piece
                     yield ChatResponse(message=said(MessageRole.ASSISTANT, text), delta=piece)
 
-        sources = to_nodes(await stream.wait_for_sources())
         response = StreamingAgentChatResponse(achat_stream=pieces(), source_nodes=sources)
         response.awrite_response_to_history_task = asyncio.create_task(response.awrite_response_to_history(self.memory))
         return response
@@ -115,7 +116,9 @@ class KVMemChatEngine(BaseChatEngine):
         return self.memory.get_all()
 
     def _open(self, message: str, history: list[ChatMessage]) -> AnswerStream:
-        messages = [to_message(old) for old in history] + [{"role": "user", "content": message}]
+        spoken, remembered = without_memories(history)
+        messages = [to_message(old) for old in spoken] + [{"role": "user", "content": message}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
-        return self.mem.stream_chat(messages, context=self.mem.list() or None, **self.options)
+        # Documents are in front, since they change least.
+        return self.mem.stream_chat(messages, context=[*self.mem.list(), *remembered] or None, **self.options)

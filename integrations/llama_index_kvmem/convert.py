@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,17 +14,29 @@ from llama_index.core.schema import Document as LlamaDocument
 from kvmem import Document, Plan, Source, Usage
 from kvmem.document import as_document
 
-# In the metadata of documents that are nodes: the document that the node was cut from.
-CUT_FROM = "_cut_from"
+# In the metadata of documents that are nodes: the document that the node was cut from, and the node's own id.
+CUT_FROM, NODE = "_cut_from", "_node"
 
 
 def to_document(node: BaseNode) -> Document:
-    """A document as one that kvmem cuts; a node, with its own id, as one that is cut already."""
+    """A document as one that kvmem cuts; a node as one that is cut already.
+
+    Ids that LlamaIndex draws at random are not kept, since the same content would pile up: the content names it then.
+    """
     document = as_document(node)
     if isinstance(node, LlamaDocument):
         return document
-    metadata = {**document.metadata, CUT_FROM: node.ref_doc_id or node.node_id}
-    return Document(node.node_id, document.text, metadata, (document.text,))
+    metadata = {**document.metadata, CUT_FROM: node.ref_doc_id or node.node_id, NODE: node.node_id}
+    identity = document.id
+    if identity != node.node_id:
+        content = json.dumps([document.text, document.metadata], sort_keys=True)
+        identity = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return Document(identity, document.text, metadata, (document.text,))
+
+
+def to_distinct(nodes: Iterable[BaseNode]) -> list[Document]:
+    """Documents, each content once."""
+    return list({document.id: document for document in map(to_document, nodes)}.values())
 
 
 def to_nodes(sources: Iterable[Source]) -> list[NodeWithScore]:
@@ -30,8 +44,8 @@ def to_nodes(sources: Iterable[Source]) -> list[NodeWithScore]:
     nodes = []
     for source in sources:
         metadata = dict(source.metadata)
-        cut_from = metadata.pop(CUT_FROM, None)
-        identity = f"{source.document_id}:{source.index}" if cut_from is None else source.document_id
+        cut_from, own = metadata.pop(CUT_FROM, None), metadata.pop(NODE, None)
+        identity = f"{source.document_id}:{source.index}" if own is None else own
         origin = RelatedNodeInfo(node_id=source.document_id if cut_from is None else cut_from)
         relationships: Any = {NodeRelationship.SOURCE: origin}
         node = TextNode(id_=identity, text=source.text, metadata=metadata, relationships=relationships)

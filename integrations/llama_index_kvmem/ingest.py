@@ -12,24 +12,26 @@ from llama_index.core.schema import BaseNode, TransformComponent
 from llama_index.core.storage.docstore.types import BaseDocumentStore
 
 from kvmem import InputError, KVMem
-from llama_index_kvmem.convert import CUT_FROM, to_document
+from llama_index_kvmem.convert import CUT_FROM, to_distinct
 
 
 class KVMemTransform(TransformComponent):
     """The last of a pipeline's transformations: every node is read into `mem`, as it is cut, and handed on unchanged.
 
     Nodes of a document that was ingested before take the place of its old ones. With the pipeline's `docstore`,
-    documents that were deleted from it are removed from the engine as well, at the next run or by `sync`; what was
-    added to the engine in other ways is left alone.
+    documents that were in it, now or when this was made, and are deleted from it later, are removed from the engine as
+    well, at the next run or by `sync`. What the docstore never had is left alone.
     """
 
     docstore: Any = Field(default=None, exclude=True)
     _mem: KVMem = PrivateAttr()
+    _held: set[str] = PrivateAttr(default_factory=set)
 
     def __init__(self, mem: KVMem, docstore: BaseDocumentStore | None = None, **fields: Any) -> None:
         super().__init__(**fields)
         self.docstore = docstore
         self._mem = mem
+        self._held = self._in_docstore()
 
     @classmethod
     def class_name(cls) -> str:
@@ -45,7 +47,7 @@ class KVMemTransform(TransformComponent):
         )
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        new = [to_document(node) for node in nodes if node.get_content().strip()]
+        new = to_distinct(node for node in nodes if node.get_content().strip())
         added = {document.id for document in self._mem.add_all(new)}
         replaced = {document.metadata.get(CUT_FROM, document.id) for document in new}
         for document in self._mem.list():
@@ -64,8 +66,14 @@ class KVMemTransform(TransformComponent):
         """
         if self.docstore is None:
             return 0
-        there = set(self.docstore.get_all_document_hashes().values()) | set(self.docstore.docs) | (keep or set())
-        gone = [d.id for d in self._mem.list() if CUT_FROM in d.metadata and d.metadata[CUT_FROM] not in there]
+        there = self._in_docstore() | (keep or set())
+        missing, self._held = self._held - there, self._held | there
+        gone = [document.id for document in self._mem.list() if document.metadata.get(CUT_FROM) in missing]
         for identity in gone:
             self._mem.remove(identity)
         return len(gone)
+
+    def _in_docstore(self) -> set[str]:
+        if self.docstore is None:
+            return set()
+        return {*self.docstore.get_all_document_hashes().values(), *self.docstore.docs}

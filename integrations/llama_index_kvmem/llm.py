@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Sequence
@@ -57,6 +58,8 @@ class KVMemLLM(FunctionCallingLLM):
 
     def __init__(self, mem: KVMem | None = None, **fields: Any) -> None:
         super().__init__(**fields)
+        if mem is not None and fields.keys() & {"store", "namespace", "model_kwargs"}:
+            raise InputError("This engine has a namespace, a store and settings. Give them to KVMem, or no mem here.")
         self._mem = mem
         if mem is not None:
             self.model_name = mem.model.name
@@ -64,10 +67,17 @@ class KVMemLLM(FunctionCallingLLM):
     @property
     def engine(self) -> KVMem:
         """The engine; opened by the first call."""
+        if self._mem is not None:
+            return self._mem
         with _OPENING:
             if self._mem is None:
                 self._mem = KVMem(self.model_name, self.store, namespace=self.namespace, **self.model_kwargs)
             return self._mem
+
+    async def _ready(self) -> None:
+        """Open the engine without blocking the event loop."""
+        if self._mem is None:
+            await asyncio.to_thread(lambda: self.engine)
 
     @classmethod
     def class_name(cls) -> str:
@@ -91,6 +101,7 @@ class KVMemLLM(FunctionCallingLLM):
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        await self._ready()
         return _response(await self._open(messages, kwargs).wait())
 
     @llm_chat_callback()
@@ -110,6 +121,7 @@ class KVMemLLM(FunctionCallingLLM):
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        await self._ready()
         stream, tools = self._open(messages, kwargs), bool(kwargs.get("tools"))
 
         async def pieces() -> ChatResponseAsyncGen:
@@ -131,6 +143,7 @@ class KVMemLLM(FunctionCallingLLM):
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        await self._ready()
         return _completion(_response(await self._open(_said(prompt), kwargs).wait()))
 
     @llm_completion_callback()
@@ -149,6 +162,7 @@ class KVMemLLM(FunctionCallingLLM):
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
+        await self._ready()
         stream = self._open(_said(prompt), kwargs)
 
         async def pieces() -> CompletionResponseAsyncGen:
@@ -166,15 +180,10 @@ class KVMemLLM(FunctionCallingLLM):
         given = {"temperature": self.temperature, "blend": self.blend, **self.generate_kwargs, **kwargs}
         given["max_tokens"] = given.pop("max_new_tokens", None) or given.get("max_tokens") or self.max_new_tokens
         given["tool_choice"] = given.get("tool_choice") or "auto"
-        remembered = [m for m in messages if DOCUMENT in m.additional_kwargs]
+        spoken, remembered = without_memories(messages)
         if remembered:
-            # What a memory block recalled is context, each memory with its own cache.
-            found = [
-                Document(m.additional_kwargs[DOCUMENT], m.content or "", {}, (m.content or "",)) for m in remembered
-            ]
-            given["context"] = [*found, *(given.get("context") or ())]
-        spoken = [to_message(m) for m in messages if DOCUMENT not in m.additional_kwargs]
-        return self.engine.stream_chat(spoken, **given)
+            given["context"] = [*remembered, *(given.get("context") or ())]
+        return self.engine.stream_chat([to_message(message) for message in spoken], **given)
 
     # Function calling
 
@@ -216,6 +225,13 @@ class KVMemLLM(FunctionCallingLLM):
             )
             for call in calls
         ]
+
+
+def without_memories(messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], list[Document]]:
+    """Messages, and apart from them what a memory block recalled: context, each memory with its own cache."""
+    spoken = [message for message in messages if DOCUMENT not in message.additional_kwargs]
+    recalled = [message for message in messages if DOCUMENT in message.additional_kwargs]
+    return spoken, [Document(m.additional_kwargs[DOCUMENT], m.content or "", {}, (m.content or "",)) for m in recalled]
 
 
 def _said(prompt: str) -> list[ChatMessage]:

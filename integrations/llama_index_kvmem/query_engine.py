@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
-from contextlib import AbstractContextManager
+import asyncio
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.base.llms.types import ChatResponse, MessageRole
 from llama_index.core.base.response.schema import (
     RESPONSE_TYPE,
     AsyncStreamingResponse,
@@ -22,9 +24,11 @@ from llama_index.core.prompts.mixin import PromptMixinType
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 
 from kvmem import Answer, AnswerStream, InputError, KVMem, Source
-from llama_index_kvmem.convert import count, describe, to_document, to_nodes
+from llama_index_kvmem.convert import count, describe, said, to_distinct, to_document, to_nodes
 from llama_index_kvmem.llm import KVMemLLM
 
+_NOTHING = "Empty Response"
+_ARGUMENTS = {"retriever", "node_postprocessors", "streaming", "callback_manager"}
 _OPTIONS = {"max_tokens", "temperature", "top_p", "stop", "seed", "blend", "system", "generate_kwargs"}
 
 
@@ -52,8 +56,7 @@ class KVMemQueryEngine(BaseQueryEngine):
         **options: Any,
     ) -> None:
         super().__init__(callback_manager)
-        if unknown := options.keys() - _OPTIONS:
-            raise InputError(f"{min(unknown)!r} is not known here. Known are: {', '.join(sorted(_OPTIONS))}.")
+        _check(options)
         self.mem = mem
         self.retriever = retriever
         self.node_postprocessors = tuple(node_postprocessors)
@@ -64,9 +67,13 @@ class KVMemQueryEngine(BaseQueryEngine):
     def from_documents(
         cls, documents: Iterable[BaseNode], model: str | KVMem = "smollm2", store: str | None = None, **options: Any
     ) -> KVMemQueryEngine:
-        """Read documents or nodes into an engine; those it has read before cost nothing. Nodes are not cut again."""
+        """Read documents or nodes into an engine; those it has read before cost nothing. Nodes are not cut again.
+
+        Queries are answered from everything in the engine, what was added earlier included.
+        """
+        _check({name: value for name, value in options.items() if name not in _ARGUMENTS})
         mem = model if isinstance(model, KVMem) else KVMem(model, store)
-        mem.add_all([to_document(document) for document in documents])
+        mem.add_all(to_distinct(documents))
         return cls(mem, **options)
 
     @classmethod
@@ -125,7 +132,7 @@ class KVMemQueryEngine(BaseQueryEngine):
     async def aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         """Like `retrieve`."""
         if self.retriever is None:
-            return self.retrieve(query_bundle)
+            return await asyncio.to_thread(self.retrieve, query_bundle)
         nodes = await self.retriever.aretrieve(query_bundle)
         for postprocessor in self.node_postprocessors:
             nodes = await postprocessor.apostprocess_nodes(nodes, query_bundle=query_bundle)
@@ -143,16 +150,14 @@ class KVMemQueryEngine(BaseQueryEngine):
     # Answers
 
     def _query(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
-        with self._event(query_bundle) as event:
+        with self._event(CBEventType.QUERY, query_bundle) as event:
             nodes = self.retrieve(query_bundle) if self._retrieves(query_bundle) else None
             response = self._respond(query_bundle, nodes)
             event.on_end(payload={EventPayload.RESPONSE: response})
         return response
 
     async def _aquery(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
-        import asyncio
-
-        with self._event(query_bundle) as event:
+        with self._event(CBEventType.QUERY, query_bundle) as event:
             needed = await asyncio.to_thread(self._retrieves, query_bundle)
             nodes = await self.aretrieve(query_bundle) if needed else None
             response = await self._arespond(query_bundle, nodes)
@@ -183,25 +188,43 @@ class KVMemQueryEngine(BaseQueryEngine):
 
     def _respond(self, query_bundle: QueryBundle, nodes: list[NodeWithScore] | None) -> RESPONSE_TYPE:
         if nodes is not None and not nodes:
-            return Response("Empty Response")  # as LlamaIndex's own synthesizers say it
-        stream = self._open(query_bundle, nodes)
-        if self.streaming:
-            sources = _named(stream.sources, nodes)
-            return StreamingResponse(_pieces(stream), sources, {"plan": describe(stream.plan)})
-        return _response(stream.answer, nodes)
+            # As LlamaIndex's own synthesizers say it.
+            return StreamingResponse(iter([_NOTHING])) if self.streaming else Response(_NOTHING)  # type: ignore[arg-type]
+        with self._event(CBEventType.SYNTHESIZE, query_bundle):
+            stream = self._open(query_bundle, nodes)
+            if self.streaming:
+                sources = _named(stream.sources, nodes)
+                told = self._told(query_bundle, stream)
+                return StreamingResponse(_pieces(stream, told), sources, {"plan": describe(stream.plan)})
+            with self._told(query_bundle, stream):
+                return _response(stream.answer, nodes)
 
     async def _arespond(self, query_bundle: QueryBundle, nodes: list[NodeWithScore] | None) -> RESPONSE_TYPE:
         if nodes is not None and not nodes:
-            return Response("Empty Response")
-        stream = self._open(query_bundle, nodes)
-        if self.streaming:
-            sources = _named(await stream.wait_for_sources(), nodes)
-            return AsyncStreamingResponse(_apieces(stream), sources, {"plan": describe(stream.plan)})
-        return _response(await stream.wait(), nodes)
+            return AsyncStreamingResponse(_nothing()) if self.streaming else Response(_NOTHING)
+        with self._event(CBEventType.SYNTHESIZE, query_bundle):
+            stream = self._open(query_bundle, nodes)
+            if self.streaming:
+                sources = _named(await stream.wait_for_sources(), nodes)
+                told = self._told(query_bundle, stream)
+                return AsyncStreamingResponse(_apieces(stream, told), sources, {"plan": describe(stream.plan)})
+            with self._told(query_bundle, stream):
+                return _response(await stream.wait(), nodes)
 
-    def _event(self, query_bundle: QueryBundle) -> AbstractContextManager[EventContext]:
+    def _event(self, kind: CBEventType, query_bundle: QueryBundle) -> AbstractContextManager[EventContext]:
         payload: dict[str, Any] = {EventPayload.QUERY_STR: query_bundle.query_str}
-        return self.callback_manager.event(CBEventType.QUERY, payload=payload)
+        return self.callback_manager.event(kind, payload=payload)
+
+    @contextmanager
+    def _told(self, query_bundle: QueryBundle, stream: AnswerStream) -> Iterator[None]:
+        """The event of a call of an LLM, with the usage where `TokenCountingHandler` finds it."""
+        messages = [said(MessageRole.USER, query_bundle.query_str)]
+        with self.callback_manager.event(CBEventType.LLM, payload={EventPayload.MESSAGES: messages}) as event:
+            yield
+            answer = stream.answer
+            usage = {"prompt_tokens": answer.usage.prompt, "completion_tokens": answer.usage.generated}
+            response = ChatResponse(message=said(MessageRole.ASSISTANT, answer.text), raw={"usage": usage})
+            event.on_end(payload={EventPayload.MESSAGES: messages, EventPayload.RESPONSE: response})
 
     def _open(self, query_bundle: QueryBundle, nodes: list[NodeWithScore] | None) -> AnswerStream:
         context = None if nodes is None else [to_document(found.node) for found in nodes]
@@ -216,15 +239,24 @@ def _engine(llm: KVMemLLM | KVMem) -> KVMem:
     return llm.engine
 
 
-def _pieces(stream: AnswerStream) -> Generator[str, None, None]:
-    with stream:
+def _check(options: dict[str, Any]) -> None:
+    if unknown := options.keys() - _OPTIONS:
+        raise InputError(f"{min(unknown)!r} is not known here. Known are: {', '.join(sorted(_OPTIONS))}.")
+
+
+def _pieces(stream: AnswerStream, told: AbstractContextManager[None]) -> Generator[str, None, None]:
+    with stream, told:
         yield from stream
 
 
-async def _apieces(stream: AnswerStream) -> AsyncGenerator[str, None]:
-    with stream:
+async def _apieces(stream: AnswerStream, told: AbstractContextManager[None]) -> AsyncGenerator[str, None]:
+    with stream, told:
         async for piece in stream:
             yield piece
+
+
+async def _nothing() -> AsyncGenerator[str, None]:
+    yield _NOTHING
 
 
 def _named(sources: Iterable[Source], nodes: list[NodeWithScore] | None) -> list[NodeWithScore]:

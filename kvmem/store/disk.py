@@ -270,10 +270,9 @@ class DiskStore:
         """Remove files that have no row, and the notes of them."""
         if not names:
             return
-        for name in names:
-            self._files.remove(name)
+        gone = [name for name in names if self._files.remove(name)]
         with suppress(*_FAILURES), self._index.transaction() as connection:
-            connection.executemany("DELETE FROM pending WHERE name = ?", [(name,) for name in names])
+            connection.executemany("DELETE FROM pending WHERE name = ?", [(name,) for name in gone])
 
     def _abandoned(self, connection: sqlite3.Connection) -> list[sqlite3.Row]:
         """Pending files of processes that are gone."""
@@ -305,7 +304,18 @@ class DiskStore:
             self._misses.pop(namespace, None)
         try:
             with self._index.transaction() as connection:
+                abandoned = self._abandoned(connection)
+                mine = [
+                    row for row in connection.execute("SELECT * FROM pending").fetchall() if row["pid"] == os.getpid()
+                ]
+            self._unlink([row["name"] for row in (*abandoned, *mine) if row["namespace"] == namespace])
+            with self._index.transaction() as connection:
                 connection.execute("DELETE FROM counters WHERE namespace = ?", (namespace,))
+                sql = "SELECT name FROM entries WHERE namespace = ? UNION ALL "
+                sql += "SELECT name FROM pending WHERE namespace = ?"
+                left = connection.execute(sql, (namespace, namespace)).fetchall()
+            if left:
+                raise OSError(f"{len(left)} files could not be removed")
             self._index.shrink()
         except _FAILURES as error:
             raise StoreError(

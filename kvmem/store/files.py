@@ -41,11 +41,13 @@ class EntryFiles:
         finally:
             os.close(handle)
 
-    def remove(self, name: str) -> None:
-        """Remove a file, finished or not; nothing happens when there is none, or when it cannot be."""
-        for path in (self._scratch / name, self.path(name)):
+    def remove(self, name: str) -> bool:
+        """Remove a file, finished or not; whether it is gone."""
+        paths = (self._scratch / name, self.path(name))
+        for path in paths:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+        return not any(path.exists() for path in paths)
 
     def all(self) -> list[Path]:
         """Every file there is, temporary ones included."""

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 from kvmem.entry import EntryInfo, EntryKey, KVEntry
 from kvmem.store.base import Problem, StoreStats
@@ -20,6 +21,16 @@ class _Kept:
     used: int
     uses: int = 0
     pinned: bool = False
+
+
+class _Rows(dict[str, str]):
+    """A mapping that others may change while it is iterated over."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.copy())
+
+    def items(self) -> Any:
+        return self.copy().items()
 
 
 class MemoryStore:
@@ -39,7 +50,7 @@ class MemoryStore:
         self._usage: Counter[str] = Counter()
         self._hits: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
-        self._documents: dict[str, str] = {}
+        self._documents = _Rows()
         self._clock = 0
         self._lock = threading.RLock()
 

@@ -161,10 +161,33 @@ def test_what_is_put_is_read_and_freed(store: KVMemStore, mem: KVMem) -> None:
     answer = mem.chat([{"role": "user", "content": "When?"}], context=[text], max_tokens=1)
     assert answer.usage.computed < 70
     assert mem.stats().store.entries > 0
-    store.put(("u",), "k", {"text": "Something else."})
     store.delete(("u",), "k")
-    again = mem.chat([{"role": "user", "content": "When?"}], context=["The other text. " * 3], max_tokens=1)
+    mem._runner.release()
+    again = mem.chat([{"role": "user", "content": "When?"}], context=[text], max_tokens=1)
     assert again.usage.computed > 70
+
+
+def test_what_cannot_be_read_is_kept_all_the_same(model: LanguageModel, caplog: pytest.LogCaptureFixture) -> None:
+    """Reading is a saving; a text that is too long for it is no reason to lose it."""
+    with open_mem(model, None, max_document_chars=20) as mem:
+        store = KVMemStore(mem)
+        store.put(("u",), "k", {"text": "much longer than twenty characters"})
+        assert store.get(("u",), "k") is not None
+    assert "not read" in caplog.text
+
+
+def test_an_embedding_model_of_the_index_is_used(mem: KVMem) -> None:
+    """LangGraph's own configuration; what it does not know is an error."""
+
+    def embed(texts: list[str]) -> list[list[float]]:
+        return [[float("cat" in t or "feline" in t), float("train" in t), 0.1] for t in texts]
+
+    store = KVMemStore(mem, prefill=False, index={"dims": 3, "embed": embed, "fields": ["text"]})
+    store.put(("u",), "a", {"text": "a night train"})
+    store.put(("u",), "b", {"text": "a cat"})
+    assert store.search(("u",), query="feline")[0].key == "b"
+    with pytest.raises(InputError, match="distance"):
+        KVMemStore(mem, index={"distance": "cosine"})
 
 
 def test_items_expire(mem: KVMem, monkeypatch: pytest.MonkeyPatch) -> None:

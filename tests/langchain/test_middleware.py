@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 from helpers import open_mem
 from langchain.agents import create_agent
+from langchain.agents.structured_output import ToolStrategy
 from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, HumanMessage
 from langgraph.checkpoint.memory import InMemorySaver
+from pydantic import BaseModel
 
-from kvmem import KVMem, LanguageModel, Memory
+from kvmem import InputError, KVMem, LanguageModel, Memory
 from langchain_kvmem import ChatKVMem, KVMemMiddleware
 
 
@@ -72,6 +74,66 @@ def test_it_works_with_checkpointers_and_pinned_profiles(mem: KVMem) -> None:
     ask(made, "And bread?", **config)
     assert [len(documents) for documents in seen] == [3, 3]
     assert all(documents[0].text == "The user is a baker." for documents in seen)
+
+
+def test_the_best_memories_are_recalled_not_the_oldest(mem: KVMem) -> None:
+    """However many the conversation itself has left behind."""
+    memory = Memory(mem)
+    memory.remember("The grass is green.")
+    memory.remember("The ferry to the island leaves at nine.")
+    seen: list[Any] = []
+    original = mem.stream_chat
+    mem.stream_chat = lambda *a, **k: seen.append(k.get("context")) or original(*a, **k)  # type: ignore[method-assign]
+    ask(agent(mem, k=1), "When does the ferry to the island leave?")
+    assert [document.text for document in seen[0]] == ["The ferry to the island leaves at nine."]
+
+
+def test_what_was_forgotten_stays_forgotten(mem: KVMem) -> None:
+    """A run remembers what was said in it, not in earlier runs of its thread."""
+    memory = Memory(mem)
+    heard: list[int] = []
+
+    def extract(messages: Any) -> list[str]:
+        heard.append(len(messages))
+        return [messages[0].text]
+
+    made = create_agent(
+        ChatKVMem(mem=mem, max_tokens=2),
+        middleware=[KVMemMiddleware(memory, extract=extract)],
+        checkpointer=InMemorySaver(),
+    )
+    config = {"config": {"configurable": {"thread_id": "1"}}}
+    ask(made, "My number is 1234.", **config)
+    memory.clear()
+    ask(made, "Hello.", **config)
+    assert [item.text for item in memory.list()] == ["Hello."]
+    assert heard == [2, 2]
+
+
+def test_a_text_that_cannot_be_remembered_costs_no_answer(model: LanguageModel, caplog: Any) -> None:
+    """It is logged."""
+    with open_mem(model, None, max_document_chars=20) as mem:
+        answer = ask(agent(mem), "This is longer than twenty characters.")
+        assert answer.response_metadata["usage"]["generated"] > 0
+        assert Memory(mem).list() == []
+    assert "not remembered" in caplog.text
+
+
+def test_structured_answers_of_an_agent(mem: KVMem) -> None:
+    """`response_format` of create_agent, and OpenAI's of a model."""
+
+    class Mood(BaseModel):
+        calm: bool
+
+    made = create_agent(ChatKVMem(mem=mem, max_tokens=120), response_format=ToolStrategy(Mood))
+    assert isinstance(made.invoke({"messages": [HumanMessage("How?")]})["structured_response"], Mood)
+    plain = create_agent(ChatKVMem(mem=mem, max_tokens=120), response_format=Mood)
+    assert isinstance(plain.invoke({"messages": [HumanMessage("How?")]})["structured_response"], Mood)
+    wanted = {"type": "json_schema", "json_schema": {"name": "Mood", "schema": Mood.model_json_schema()}}
+    model = ChatKVMem(mem=mem, max_tokens=60)
+    Mood.model_validate_json(model.invoke("How?", response_format=wanted).text)
+    with pytest.raises(InputError, match="response_format"):
+        model.invoke("How?", response_format="json")
 
 
 def test_another_model_is_told_in_its_system_message(mem: KVMem) -> None:

@@ -6,7 +6,7 @@ from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.chat_engine.types import BaseChatEngine
 from llama_index.core.memory import ChatMemoryBuffer
 
-from kvmem import KVMem
+from kvmem import InputError, KVMem
 from llama_index_kvmem import KVMemChatEngine
 
 DOCUMENTS = [
@@ -55,6 +55,14 @@ def test_a_history_may_be_given_and_a_memory_too(mem: KVMem) -> None:
     engine = KVMemChatEngine(mem, memory=memory, max_tokens=4)
     engine.chat("Why?", chat_history=[ChatMessage(role=MessageRole.USER, content="Hello")])
     assert [m.content for m in memory.get_all()][:2] == ["Hello", "Why?"]
+
+
+def test_a_turn_that_fails_leaves_no_trace(engine: KVMemChatEngine) -> None:
+    """Streamed or not, the history is as it was."""
+    for chat in (engine.chat, engine.stream_chat):
+        with pytest.raises(InputError):
+            chat("word " * 2000)
+        assert engine.chat_history == []
 
 
 def test_another_system_prompt_stands_before_the_documents(mem: KVMem) -> None:

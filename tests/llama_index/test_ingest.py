@@ -6,6 +6,7 @@ import pytest
 from llama_index.core import Document, MockEmbedding
 from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.schema import TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.vector_stores import SimpleVectorStore
 
@@ -37,7 +38,6 @@ def test_nodes_are_read_as_they_are_ingested(mem: KVMem, pipeline: IngestionPipe
     """The pipeline's nodes are the engine's documents, read: the first query computes little else than itself."""
     nodes = pipeline.run(documents=[Document(text=text("ferry"), id_="f"), Document(text=text("tram"), id_="t")])
     assert [document.text for document in mem.list()] == [node.get_content() for node in nodes]
-    assert [document.id for document in mem.list()] == [node.node_id for node in nodes]
     response = KVMemQueryEngine(mem, max_tokens=2).query("How many?")
     metadata: dict[str, Any] = response.metadata or {}
     assert metadata["usage"]["computed"] < 60
@@ -60,6 +60,30 @@ def test_upserts_and_deletes_are_mirrored(mem: KVMem, pipeline: IngestionPipelin
     assert [d.id for d in mem.list() if "ferry" in d.text] == []
     assert any("tram" in document.text for document in mem.list())
     assert mem.get("other").text.startswith("Something else")
+
+
+def test_documents_of_others_are_left_alone(mem: KVMem) -> None:
+    """Another index, another pipeline, or the same with a new docstore after a restart: nothing of them is removed."""
+    KVMemQueryEngine.from_documents([TextNode(id_="n1", text="The tram is late.")], mem)
+    for name in ("monday", "tuesday"):
+        docstore = SimpleDocumentStore()
+        made = IngestionPipeline(transformations=[KVMemTransform(mem, docstore)], docstore=docstore)
+        made.run(documents=[Document(text=f"The file of {name}.", id_=name)])
+    assert [document.text for document in mem.list()] == [
+        "The tram is late.",
+        "The file of monday.",
+        "The file of tuesday.",
+    ]
+
+
+def test_the_same_content_with_new_random_ids_is_the_same(mem: KVMem) -> None:
+    """An index that is built again on every start does not pile up."""
+    for _ in range(3):
+        nodes = SentenceSplitter(chunk_size=60, chunk_overlap=0, tokenizer=str.split)([Document(text=text("ferry"))])
+        engine = KVMemQueryEngine.from_documents(nodes, mem, max_tokens=2)
+        found = engine.query("How many?").source_nodes
+        assert [n.node.node_id for n in found] == [node.node_id for node in nodes]
+    assert len(mem.list()) == len(nodes)
 
 
 async def test_async_runs_and_refuses_other_processes(mem: KVMem, pipeline: IngestionPipeline) -> None:

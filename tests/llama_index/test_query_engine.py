@@ -9,7 +9,7 @@ from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.base_selector import BaseSelector, SelectorResult, SingleSelection
 from llama_index.core.base.response.schema import AsyncStreamingResponse, Response, StreamingResponse
-from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
+from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler, TokenCountingHandler
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import MockLLM
@@ -80,6 +80,14 @@ def test_query_events_fire_once(mem: KVMem) -> None:
     finally:
         dispatcher.event_handlers.pop()
     assert seen == ["QueryStartEvent", "QueryEndEvent"]
+    assert len(debug.get_event_pairs(CBEventType.SYNTHESIZE)) == 1
+    counter = TokenCountingHandler()
+    counted = KVMemQueryEngine(mem, callback_manager=CallbackManager([counter]), max_tokens=4)
+    usage = counted.query("When?").metadata["usage"]  # type: ignore[index]
+    assert (counter.prompt_llm_token_count, counter.completion_llm_token_count) == (usage["prompt"], usage["generated"])
+    streaming = KVMemQueryEngine(mem, callback_manager=CallbackManager([counter]), max_tokens=4, streaming=True)
+    "".join(streaming.query("When?").response_gen)  # type: ignore[union-attr]
+    assert counter.prompt_llm_token_count == 2 * usage["prompt"]
     assert len(debug.get_event_pairs(CBEventType.QUERY)) == 1
 
 
@@ -119,6 +127,9 @@ def test_a_retriever_is_asked_only_when_not_all_fits(mem: KVMem) -> None:
     assert [(n.node.node_id, n.score) for n in response.source_nodes] == [("n3", 0.9), ("n4", 0.8)]
     assert str(response) == mem.ask("Which fact?", context=[to_document(n) for n in NODES[3:5]], max_tokens=4).text
     assert KVMemQueryEngine.from_args(Counted([]), mem).query("?").response == "Empty Response"
+    streamed = KVMemQueryEngine.from_args(Counted([]), mem, streaming=True).query("?")
+    assert isinstance(streamed, StreamingResponse)
+    assert "".join(streamed.response_gen) == "Empty Response"
 
 
 async def test_on_overflow_the_sources_are_those_of_retriever_query_engine(model: LanguageModel) -> None:
