@@ -247,7 +247,7 @@ class _Streamer(BaseStreamer):
 
 
 class _Stop(StoppingCriteria):
-    """Ends generation at a stop string or when the caller no longer listens. It is asked before the streamer is told."""
+    """Ends generation at a stop string or when nobody listens any more. It is asked before the streamer is told."""
 
     def __init__(self, streamer: _Streamer, listener: Listener, prompt: int) -> None:
         self._streamer, self._listener, self._prompt = streamer, listener, prompt

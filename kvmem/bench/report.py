@@ -213,4 +213,5 @@ _SECTIONS = {
     "task": _task,
     "batch": _batch,
     "frameworks": _frameworks,
+    "conversation": _conversation,
 }
