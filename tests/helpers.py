@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from kvmem import KVMem, LanguageModel
+from kvmem import Document, KVMem, LanguageModel
 
 
 def open_mem(model: LanguageModel, store: Any, **settings: Any) -> KVMem:
@@ -40,3 +41,35 @@ def gaps_while_busy(model: LanguageModel, calls: list[Callable[[], Coroutine[Any
         return gaps
 
     return asyncio.run(main())
+
+
+FACTS = [
+    (f"{a} {b}", n)
+    for n, (a, b) in enumerate(
+        (a, b)
+        for a in ["Alder", "Brook", "Cedar", "Dover", "Elm"]
+        for b in ["Mills", "Works", "Foundry", "Dairy", "Press", "Quarry", "Docks", "Yard"]
+    )
+]
+
+
+def facts_corpus() -> list[Document]:
+    """Forty documents, each about a company of its own, with the same words around the facts."""
+    draw = random.Random(0)
+    filler = "The yearly report was read and nothing was found that had to be told to the public."
+    documents = []
+    for name, n in FACTS:
+        parts = [f"{filler} It was signed by clerk {draw.randrange(1000)}." for _ in range(12)]
+        parts.insert(draw.randrange(12), f"{name} employs {n + 14} people and was founded in {1800 + n}.")
+        documents.append(Document(name, f"# {name}\n\n" + "\n\n".join(parts)))
+    return documents
+
+
+def embed(texts: list[str]) -> list[list[float]]:
+    """Texts as counts of hashed names: what an embedding model would see in them."""
+    names = [[word.strip(".?#") for word in text.split() if word[0].isupper()] for text in texts]
+    return [[0.01 + sum(hash_of(name) == i for name in found) for i in range(256)] for found in names]
+
+
+def hash_of(word: str) -> int:
+    return sum(ord(c) * (i + 1) for i, c in enumerate(word)) % 256

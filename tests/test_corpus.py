@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import open_mem
+from helpers import FACTS, embed, facts_corpus, open_mem
 
 from kvmem import Document, EmptyInputError, HybridRetriever, InputError, KVMem, LanguageModel, UnknownDocumentError
 from kvmem.document import Chunk
@@ -114,43 +114,12 @@ def test_a_text_beyond_all_measure_is_refused_at_once(mem: KVMem) -> None:
     assert mem.list() == ()
 
 
-FACTS = [
-    (f"{a} {b}", n)
-    for n, (a, b) in enumerate(
-        (a, b)
-        for a in ["Alder", "Brook", "Cedar", "Dover", "Elm"]
-        for b in ["Mills", "Works", "Foundry", "Dairy", "Press", "Quarry", "Docks", "Yard"]
-    )
-]
-
-
-def facts_corpus() -> list[Document]:
-    """Forty documents, each about a company of its own, with the same words around the facts."""
-    draw = random.Random(0)
-    filler = "The yearly report was read and nothing was found that had to be told to the public."
-    documents = []
-    for name, n in FACTS:
-        parts = [f"{filler} It was signed by clerk {draw.randrange(1000)}." for _ in range(12)]
-        parts.insert(draw.randrange(12), f"{name} employs {n + 14} people and was founded in {1800 + n}.")
-        documents.append(Document(name, f"# {name}\n\n" + "\n\n".join(parts)))
-    return documents
-
-
 class Words:
     """A retriever of a user: counts the question's words."""
 
     def score(self, question: str, chunks: Sequence[Chunk]) -> list[float]:
         asked = set(question.strip("?").split())
         return [float(len(asked & set(chunk.text.replace(".", "").split())) > 4) for chunk in chunks]
-
-
-def embed(texts: list[str]) -> list[list[float]]:
-    """Texts as counts of hashed words."""
-    return [[float(sum(hash_of(word) == i for word in text.split())) for i in range(64)] for text in texts]
-
-
-def hash_of(word: str) -> int:
-    return sum(ord(c) * (i + 1) for i, c in enumerate(word)) % 64
 
 
 @pytest.mark.parametrize("retriever", [None, Words(), HybridRetriever(embed)], ids=["default", "own", "hybrid"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.types import (
@@ -38,9 +38,10 @@ _OPENING = threading.Lock()
 class KVMemLLM(FunctionCallingLLM):
     """An LLM over `KVMem`: texts it has seen, in any prompt and at any place, are not read again.
 
-    model_name: a hub id, a directory, a GGUF file, "smollm2". store: a directory for the caches; None keeps them in
-    memory. max_new_tokens, temperature (0: greedy), generate_kwargs, model_kwargs: as in `HuggingFaceLLM`; model_kwargs
-    are arguments of `KVMem`. blend, namespace: as in `KVMem`. mem: an engine that is open already.
+    model_name: a hub id, a directory, a GGUF file, "smollm2"; or model and tokenizer, loaded. store: a directory for
+    the caches; None keeps them in memory. max_new_tokens, context_window, temperature (0: greedy), stopping_ids,
+    device_map, generate_kwargs, model_kwargs: as in `HuggingFaceLLM`; model_kwargs are arguments of `KVMem`. blend,
+    namespace: as in `KVMem`. mem: an engine that is open already.
 
     Arguments of a call (`max_tokens` or `max_new_tokens`, `temperature`, `top_p`, `stop`, `seed`, `context`, `schema`,
     and those of transformers' `generate`) win over these. `raw` of a response has `usage`, `plan` and `timings`.
@@ -54,10 +55,16 @@ class KVMemLLM(FunctionCallingLLM):
     namespace: str = Field(default="default")
     generate_kwargs: dict[str, Any] = Field(default_factory=dict)
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    context_window: int | None = Field(default=None, gt=0)
+    device_map: Any = Field(default=None)
+    stopping_ids: list[int] = Field(default_factory=list)
     _mem: KVMem | None = PrivateAttr(default=None)
+    _loaded: tuple[Any, Any] | None = PrivateAttr(default=None)
 
-    def __init__(self, mem: KVMem | None = None, **fields: Any) -> None:
+    def __init__(self, mem: KVMem | None = None, model: Any = None, tokenizer: Any = None, **fields: Any) -> None:
+        _check_fields(fields, type(self).model_fields.keys())
         super().__init__(**fields)
+        self._loaded = None if model is None else (model, tokenizer)
         if mem is not None and fields.keys() & {"store", "namespace", "model_kwargs"}:
             raise InputError("This engine has a namespace, a store and settings. Give them to KVMem, or no mem here.")
         self._mem = mem
@@ -71,7 +78,15 @@ class KVMemLLM(FunctionCallingLLM):
             return self._mem
         with _OPENING:
             if self._mem is None:
-                self._mem = KVMem(self.model_name, self.store, namespace=self.namespace, **self.model_kwargs)
+                options = {**self.model_kwargs, "namespace": self.namespace}
+                if self.device_map is not None:
+                    options["device_map"] = self.device_map
+                if self._loaded is None:
+                    self._mem = KVMem(self.model_name, self.store, **options)
+                else:
+                    model, tokenizer = self._loaded
+                    self._mem = KVMem(model, self.store, tokenizer=tokenizer, **options)
+                    self.model_name = self._mem.model.name
             return self._mem
 
     async def _ready(self) -> None:
@@ -86,7 +101,7 @@ class KVMemLLM(FunctionCallingLLM):
     @property
     def metadata(self) -> LLMMetadata:
         return LLMMetadata(
-            context_window=self.engine.model.window,
+            context_window=min(self.engine.model.window, self.context_window or self.engine.model.window),
             num_output=self.max_new_tokens,
             is_chat_model=True,
             is_function_calling_model=True,
@@ -180,6 +195,9 @@ class KVMemLLM(FunctionCallingLLM):
         given = {"temperature": self.temperature, "blend": self.blend, **self.generate_kwargs, **kwargs}
         given["max_tokens"] = given.pop("max_new_tokens", None) or given.get("max_tokens") or self.max_new_tokens
         given["tool_choice"] = given.get("tool_choice") or "auto"
+        if self.stopping_ids:
+            own = self.engine.model.hf.generation_config.eos_token_id
+            given.setdefault("eos_token_id", [*(own if isinstance(own, list) else [own]), *self.stopping_ids])
         spoken, remembered = without_memories(messages)
         if remembered:
             given["context"] = [*remembered, *(given.get("context") or ())]
@@ -225,6 +243,21 @@ class KVMemLLM(FunctionCallingLLM):
             )
             for call in calls
         ]
+
+
+def _check_fields(fields: dict[str, Any], known: Collection[str]) -> None:
+    """Take out what `HuggingFaceLLM` has and this LLM needs not; raise InputError for what it cannot do."""
+    if fields.pop("tokenizer_name", None) not in (None, fields.get("model_name")):
+        raise InputError("The tokenizer is the model's own. Give model and tokenizer as objects for another.")
+    if not fields.pop("is_chat_model", True):
+        raise InputError("Prompts are rendered by the model's chat template. Leave is_chat_model out.")
+    if fields.pop("query_wrapper_prompt", None) not in (None, "", "{query_str}"):
+        raise InputError("Prompts are rendered by the model's chat template. Leave query_wrapper_prompt out.")
+    if fields.pop("tokenizer_kwargs", None):
+        raise InputError("tokenizer_kwargs are not used. Give a tokenizer as an object.")
+    fields.pop("tokenizer_outputs_to_remove", None)
+    if unknown := fields.keys() - known:
+        raise InputError(f"{min(unknown)!r} is not known here. Known are: {', '.join(sorted(known))}.")
 
 
 def without_memories(messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], list[Document]]:

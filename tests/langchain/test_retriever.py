@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from helpers import FACTS as COMPANIES
+from helpers import embed, facts_corpus, open_mem
+from langchain_core.documents import Document as LangChainDocument
+from langchain_core.embeddings import Embeddings
 from langchain_core.retrievers import BaseRetriever
+from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_tests.integration_tests import RetrieversIntegrationTests
 
 from kvmem import KVMem
 from kvmem.testing import tiny_model
 from langchain_kvmem import KVMemRetriever
+from langchain_kvmem.retriever import RankedBy
 
 FACTS = [f"Fact {n}: the keeper of lighthouse number {n} has {n + 3} lamps and a dog." for n in range(6)]
 
@@ -49,3 +56,35 @@ class TestKVMemRetriever(RetrieversIntegrationTests):
         scores = [document.metadata["score"] for document in found]
         assert scores == sorted(scores, reverse=True)
         assert KVMemRetriever(mem=self.mem).invoke("Zanzibar") == []
+
+
+def test_a_retriever_of_a_user_finds_the_right_document() -> None:
+    """A corpus of ten windows, fifty questions, a vector store of LangChain: the right one is nearly always there."""
+    documents = facts_corpus()
+    vectors = InMemoryVectorStore(HashedWords())
+    vectors.add_documents([LangChainDocument(page_content=d.text, id=d.id) for d in documents])
+    retriever = RankedBy(vectors.as_retriever(search_kwargs={"k": 4}))
+    model = tiny_model(max_position_embeddings=4096)
+    with open_mem(model, None, retriever=retriever, split={"minimum": 128, "target": 320, "maximum": 512}) as mem:
+        for document in documents:
+            mem._corpus.put(document)
+        chunks = mem._corpus.chunks()
+        found = 0
+        draw = random.Random(2)
+        for _ in range(50):
+            name, _n = draw.choice(COMPANIES)
+            plan = mem.plan(f"How many people does {name} employ and when was {name} founded?")
+            assert plan.mode == "retrieve"
+            assert plan.prompt_tokens + 8 <= model.window
+            found += name in {chunks[i].document_id for i in plan.chunks}
+        assert found >= 45
+
+
+class HashedWords(Embeddings):
+    """Texts as counts of hashed words."""
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        return embed(texts)
+
+    def embed_query(self, text: str) -> list[float]:
+        return embed([text])[0]

@@ -46,6 +46,35 @@ def test_it_is_an_llm_of_llama_index(llm: KVMemLLM, mem: KVMem) -> None:
     assert KVMemLLM(model_name="nothing is loaded").model_name == "nothing is loaded"
 
 
+def test_the_arguments_of_hugging_face_llm_are_taken_or_refused(model: LanguageModel, mem: KVMem) -> None:
+    """None is dropped in silence."""
+    llm = KVMemLLM(
+        model=model.hf,
+        tokenizer=model.tokenizer,
+        context_window=500,
+        max_new_tokens=6,
+        tokenizer_outputs_to_remove=["x"],
+    )
+    text = llm.complete("Hello").text
+    assert text == KVMemLLM(mem=mem, max_new_tokens=6).complete("Hello").text
+    assert llm.metadata.context_window == 500
+    first = model.tokenize(text, markup=False)[0]
+    stopped = KVMemLLM(mem=mem, max_new_tokens=6, stopping_ids=list(range(3, 300)))
+    assert stopped.complete("Hello").raw["usage"]["completion_tokens"] == 1
+    assert first >= 3
+    llm.engine.close()
+    for wrong in (
+        {"nonsense": 1},
+        {"is_chat_model": False},
+        {"query_wrapper_prompt": "[INST]{query_str}"},
+        {"tokenizer_name": "other"},
+        {"tokenizer_kwargs": {"max_length": 5}},
+        {"mem": mem, "namespace": "anna"},
+    ):
+        with pytest.raises(InputError):
+            KVMemLLM(**wrong)
+
+
 def test_chat_and_complete_give_one_answer_in_every_form(llm: KVMemLLM) -> None:
     """Whole, streamed, and both in async; deltas concatenate to the text, and the last chunk has the usage."""
     text = llm.chat(HELLO).message.content

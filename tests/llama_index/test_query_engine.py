@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
-from helpers import open_mem
+from helpers import FACTS, embed, facts_corpus, open_mem
 from llama_index.core import Document, MockEmbedding, QueryBundle, VectorStoreIndex
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.base_selector import BaseSelector, SelectorResult, SingleSelection
+from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.base.response.schema import AsyncStreamingResponse, Response, StreamingResponse
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler, TokenCountingHandler
 from llama_index.core.instrumentation import get_dispatcher
@@ -151,6 +153,39 @@ async def test_on_overflow_the_sources_are_those_of_retriever_query_engine(model
         assert [n.node.node_id for n in ours.retrieve(QueryBundle("Which?"))] == ["n6", "n7"]
         usage: dict[str, Any] = found[1].metadata or {}
         assert usage["usage"]["computed"] < 100
+
+
+class HashedWords(BaseEmbedding):
+    """Texts as counts of hashed words."""
+
+    def _get_text_embedding(self, text: str) -> list[float]:
+        return embed([text])[0]
+
+    def _get_query_embedding(self, query: str) -> list[float]:
+        return embed([query])[0]
+
+    async def _aget_query_embedding(self, query: str) -> list[float]:
+        return embed([query])[0]
+
+
+def test_an_index_finds_the_right_document_of_a_corpus_of_ten_windows() -> None:
+    """Fifty questions, four nodes each: nearly always, and the prompt is never too long."""
+    with open_mem(tiny_model(max_position_embeddings=6144), None, split={"headings": False}) as mem:
+        nodes = [TextNode(id_=document.id, text=document.text) for document in facts_corpus()]
+        for node in nodes:
+            mem._corpus.put(to_document(node))
+        index = VectorStoreIndex(nodes, embed_model=HashedWords())
+        engine = KVMemQueryEngine(mem, retriever=index.as_retriever(similarity_top_k=4))
+        found = 0
+        draw = random.Random(3)
+        for _ in range(50):
+            name, _n = draw.choice(FACTS)
+            query = QueryBundle(f"How many people does {name} employ and when was {name} founded?")
+            assert engine._retrieves(query)
+            context = [to_document(node.node) for node in engine.retrieve(query)]
+            assert mem.plan(query.query_str, context=context).prompt_tokens + 8 <= mem.model.window
+            found += name in {document.id for document in context}
+        assert found >= 45
 
 
 def test_synthesize_answers_from_the_nodes_it_is_given(mem: KVMem) -> None:
