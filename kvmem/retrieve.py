@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -10,6 +11,9 @@ import numpy as np
 
 from kvmem.document import Chunk
 from kvmem.errors import InputError
+
+# It sets itself to DEBUG, and would talk through every application's handlers.
+logging.getLogger("bm25s").setLevel(logging.WARNING)
 
 # Words, single digits and letters among them; scripts without spaces by character.
 _TERM = r"(?u)[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+"
