@@ -62,10 +62,7 @@ def plan_repair(model: LanguageModel, stitched: Stitched, query: Sequence[int], 
         return Repair(query_ids, None, None, query_positions[:0], end, 0)
     observer = _Observer(model, stitched, query_ids, query_positions)
     candidates = Candidates(stitched.segments, observer.attention, observer.deviation, model.device)
-    selected = select(candidates, settings)
-    correction = None
-    if settings.corrects and selected.numel():
-        correction = LocalCorrection(selected, stitched.segments, settings, model.dtype)
+    selected, correction = _choose(candidates, settings, model)
     chunk_ids = torch.tensor(stitched.token_ids, dtype=torch.long)
     token_ids = torch.cat([chunk_ids[selected.cpu()], query_ids])
     step = model.step(torch.cat([selected, query_positions]))
@@ -93,14 +90,21 @@ def plan_shared_repair(
         return torch.stack([observer.attention()[:start] for observer in observers]).mean(dim=0)
 
     candidates = Candidates(stitched.segments, attention, observers[0].deviation, model.device)
-    selected = select(candidates, settings)
-    correction = None
-    if settings.corrects and selected.numel():
-        correction = LocalCorrection(selected, stitched.segments, settings, model.dtype)
+    selected, correction = _choose(candidates, settings, model)
     chunk_ids = torch.tensor(stitched.token_ids, dtype=torch.long)
     step = model.step(selected) if selected.numel() else None
     work = sum(observer.token_layers for observer in observers)
     return Repair(chunk_ids[selected.cpu()], step, correction, selected, start, work)
+
+
+def _choose(
+    candidates: Candidates, settings: BlendSettings, model: LanguageModel
+) -> tuple[Tensor, LocalCorrection | None]:
+    """The positions to recompute, and what moves the others along with them."""
+    selected = select(candidates, settings)
+    if not settings.corrects or not selected.numel():
+        return selected, None
+    return selected, LocalCorrection(selected, candidates.segments, settings, model.dtype)
 
 
 class _Deviation:
