@@ -54,22 +54,24 @@ class LocalCorrection:
         if layer.index == 0 or not self._blocks:
             return
         count = self._selected.numel()
-        moved_keys = new_keys[0, :, :count].float() - layer.keys[0][:, self._selected].float()
-        moved_values = new_values[0, :, :count].float() - layer.values[0][:, self._selected].float()
+        moved_keys = new_keys[0, :, :count].float() - layer.keys[0].index_select(1, self._selected).float()
+        moved_values = new_values[0, :, :count].float() - layer.values[0].index_select(1, self._selected).float()
         turns = self._rotations(layer.group.rope)
         if turns is not None:
             moved_keys = turns[0].apply(moved_keys)
-        moved_keys, moved_values = moved_keys.to(layer.dtype), moved_values.to(layer.dtype)
+        group = layer.group
+        # One row per sample, all heads side by side: one product per chunk.
+        moved = torch.cat([moved_keys, moved_values], dim=-1).to(layer.dtype).transpose(0, 1).reshape(count, -1)
         for number, block in enumerate(self._blocks):
             # Chunk by chunk, what is added stays in the processor's cache.
-            weights = block.weights.expand(layer.group.kv_heads, -1, -1)
+            rows = block.weights.mm(moved[block.first : block.last])
+            added = rows.view(-1, group.kv_heads, group.key_dim + group.value_dim).transpose(0, 1)
             keys = layer.keys[0, :, block.start : block.end]
-            values = layer.values[0, :, block.start : block.end]
-            values.baddbmm_(weights, moved_values[:, block.first : block.last])
             if turns is None:
-                keys.baddbmm_(weights, moved_keys[:, block.first : block.last])
+                keys += added[..., : group.key_dim]
             else:
-                turns[1][number].add_to(keys, weights.bmm(moved_keys[:, block.first : block.last]))
+                turns[1][number].add_to(keys, added[..., : group.key_dim])
+            layer.values[0, :, block.start : block.end] += added[..., group.key_dim :]
 
     def _rotations(self, rope: Rope | None) -> tuple[Turn, list[Turn]] | None:
         """Back from the samples' positions, and forward to each block's: RoPE is linear, differences rotate too."""
