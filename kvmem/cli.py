@@ -14,12 +14,13 @@ from rich.table import Table
 
 from kvmem import Answer, Document, KVMem, LanguageModel, ModelSettings, StoreError
 from kvmem.bench.cli import bench
-from kvmem.console import Model, Threads, err, errors, out
+from kvmem.compare.cli import compare
+from kvmem.console import Model, Threads, err, errors, expand, out
 from kvmem.document import as_document
-from kvmem.files import SUFFIXES
 
 app = typer.Typer(help="Ask questions over documents that the model has read once.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.command()(compare)
 
 StorePath = Annotated[Path, typer.Option("--store", envvar="KVMEM_STORE", help="Where caches are kept.")]
 Namespace = Annotated[str, typer.Option(envvar="KVMEM_NAMESPACE", help="Whose documents these are.")]
@@ -46,7 +47,7 @@ def add(
 ) -> None:
     """Read documents, once. A file that was read before is replaced; only what changed is read."""
     with _opened(model, store, threads, namespace) as mem:
-        files = [file for path in paths for file in _expand(path)]
+        files = [file for path in paths for file in expand(path)]
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=err) as progress:
             task = progress.add_task("Reading", total=len(files))
@@ -60,12 +61,6 @@ def add(
                 out.print(f"{document.id}  {len(document.chunks)} chunks", highlight=False, markup=False)
 
             mem.add_all(documents.values(), show)
-
-
-def _expand(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    return [path]
 
 
 @app.command()

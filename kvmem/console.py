@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from kvmem import KVMemError
+from kvmem.files import SUFFIXES
 
 out = Console()
 err = Console(stderr=True)
@@ -31,3 +33,10 @@ def errors() -> Iterator[None]:
     except KVMemError as error:
         err.print(f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
+
+
+def expand(path: Path) -> list[Path]:
+    """The documents in a directory, or the file itself."""
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    return [path]

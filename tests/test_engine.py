@@ -560,3 +560,21 @@ def test_the_plan_of_a_question_is_told_without_running_the_model(mem: KVMem, mo
     assert mem.plan("Why?") == asked
     with pytest.raises(InputError, match="empty"):
         mem.plan(" ")
+
+
+def test_sources_that_were_retrieved_can_be_the_context(mem: KVMem) -> None:
+    """They are the corpus's own chunks: nothing of them is read again, and one that is gone is an error."""
+    mem.add("# Rent\n\nThe rent is due on Monday. It is paid by the tenant in advance.", id="rent")
+    mem.add("# Pets\n\nPets are allowed if they are quiet and small.", id="pets")
+    sources = mem.retrieve("Are pets allowed?", 1)
+    assert [source.document_id for source in sources] == ["pets"]
+    answer = mem.ask("Are pets allowed?", context=sources)
+    assert [source.text for source in answer.sources] == [source.text for source in sources]
+    assert answer.usage.reused + answer.usage.recomputed > 0
+    question = len(mem.prefill("Are pets allowed?", context=sources).token_ids)
+    assert answer.usage.prompt == question
+    again = mem.ask("Are pets allowed?", context=answer.sources)
+    assert again.usage.reused + again.usage.recomputed == answer.usage.reused + answer.usage.recomputed
+    mem.update("pets", "Cats are not allowed.")
+    with pytest.raises(InputError, match="not in the corpus any more"):
+        mem.ask("Are pets allowed?", context=sources)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ def render(directory: Path) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Rendered from the JSON files in [benchmarks/](benchmarks) by `kvmem bench report`; each says its settings, its",
+        "Rendered from the JSON files in `docs/benchmarks/` by `kvmem bench report`; each says its settings, its",
         "seed and its machine. Figures are ratios within one run, or divergences that do not depend on the machine.",
     ]
     for path in sorted(directory.glob("*.json")):
@@ -88,6 +89,7 @@ def _speed(result: dict[str, Any]) -> list[str]:
             f"{row['ratio']:.3f}",
             f"{row['ratio_again']:.3f}",
             f"{row['floor']:.3f}",
+            f"{row['kernels']:.3f}" if "kernels" in row else "",
             f"{row['decode_ratio']:.2f}",
             "" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}",
         )
@@ -98,11 +100,15 @@ def _speed(result: dict[str, Any]) -> list[str]:
         "",
         "Time to the first token, from the call, chunks on disk and the process fresh, divided by that of "
         "`model.generate` reading the same tokens in the same process; then the same for a second call. The floor is what "
-        "no implementation can avoid: the share of tokens x layers computed, plus copying the KV once. Decode is the time "
+        "no implementation can avoid: the share of tokens x layers computed, plus copying the KV once. Kernels is what "
+        "torch's matrix products and its attention alone take here for the tokens computed: recomputed tokens stand in the "
+        "middle of the prompt on average and see as many keys each as full prefill's. Decode is the time "
         "per token on the blended cache divided by that on transformers' own. Memory is weights and what the answer took "
         "at its peak, divided by weights and one KV of the prompt.",
         "",
-        *_table(("tokens", "", "first token ÷ full", "second call ÷ full", "floor", "decode", "memory"), rows),
+        *_table(
+            ("tokens", "", "first token ÷ full", "second call ÷ full", "floor", "kernels", "decode", "memory"), rows
+        ),
     ]
 
 
@@ -201,6 +207,81 @@ def _conversation(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def _compare(result: dict[str, Any]) -> list[str]:
+    full = result["summary"]["full"]
+    rows = []
+    for name, label in result["ways"].items():
+        row = result["summary"][name]
+        times = [f"{row[key] / full[key]:.3f}" for key in ("first_token_median", "total_median")]
+        keys = ("top1", "agrees", "f1", "contains", "missing")
+        shares = ["" if row[key] is None else f"{row[key]:.2f}" for key in keys]
+        rows.append((label, *times, f"{row['computed']:.0f}", *shares))
+    even = result["break_even"]
+    columns = ("", "first token ÷ full", "answer ÷ full", "tokens computed", "as read anew", "as full", "F1")
+    return [
+        f"## kvmem compare: {result['model']}",
+        "",
+        f"{result['settings']['questions']} questions over {result['documents']} documents of {result['tokens']} tokens. "
+        "Times are medians divided by full prefill's; tokens computed are the model's work before the first token; as "
+        "read anew is the share of tokens that kvmem would have chosen as well, along the answer that reading the same "
+        "prompt anew gives; as full is the F1 of words shared with full prefill's answer; contains, how often a right "
+        "answer stood in the answer; missing, how often a text that the answer needs was not in the prompt.",
+        "",
+        *_table((*columns, "contains", "missing"), rows),
+        "",
+        f"Reading all documents once took {result['reading'] / full['total_median']:.2f} times what full prefill takes "
+        f"for one question. The waiting for first tokens that is saved makes up for it {_pays(even['full'])} against full "
+        f"prefill, {_pays(even['rag'])} against RAG.",
+    ]
+
+
+def _pays(found: dict[str, float | None]) -> str:
+    if found["queries"] is None:
+        return "never"
+    low, high = (math.inf if found[key] is None else found[key] for key in ("low", "high"))
+    return f"after {found['queries']:.1f} questions (95% interval {low:.1f} to {high:.1f})"
+
+
+def _retrieval_miss(result: dict[str, Any]) -> list[str]:
+    settings = result["settings"]
+    of = settings["questions"]
+    rows = [(f"top {k} of {settings['chunks']} chunks", f"{count} of {of}") for k, count in result["missed"].items()]
+    answers = result["answers"]
+    return [
+        f"## What retrieval misses: {result['model']}",
+        "",
+        f"`examples/retrieval_miss.py`: {of} questions whose answer stands in two distant places, BM25 over chunks.",
+        "",
+        *_table(
+            ("in the prompt", "a part is missing"), [*rows, ("all documents", f"{result['missed_whole']} of {of}")]
+        ),
+        "",
+        f"The right answer stood in the text of {answers['rag']} answers with the top {settings['k']} chunks, of "
+        f"{answers['full']} by full prefill of all documents, of {answers['warm']} by kvmem, and of {answers['cached']} by "
+        "kvmem on the retrieved chunks. What is in the prompt is one thing; whether a small model puts two parts together is another.",
+    ]
+
+
+def _sizing(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for model in result["models"]:
+        size = kv_bytes(model)
+        rows.append((model["name"], f"{size / 1e3:.1f} kB", f"{size * 1e4 / 1e9:.2f} GB", f"{size * 1e6 / 1e9:.0f} GB"))
+    return [
+        "## Sizing",
+        "",
+        "Bytes of KV from the shapes in each model's published config: 2 (keys and values) x layers x KV heads x head "
+        f'dimension x {result["bytes_per_number"]} bytes. `kv_dtype="int8"` halves what is on disk.',
+        "",
+        *_table(("model", "a token", "10,000 tokens", "a million tokens"), rows),
+    ]
+
+
+def kv_bytes(model: dict[str, Any], bytes_per_number: int = 2) -> int:
+    """Bytes of KV per token of a model of `sizing.json`."""
+    return int(2 * model["layers"] * model["kv_heads"] * model["head_dim"] * bytes_per_number)
+
+
 _PLOTS = {
     "fidelity": "Mean KL to full prefill against the share that is recomputed",
     "conversation": "Tokens computed and time to the first token by turn",
@@ -214,4 +295,7 @@ _SECTIONS = {
     "batch": _batch,
     "frameworks": _frameworks,
     "conversation": _conversation,
+    "compare": _compare,
+    "retrieval-miss": _retrieval_miss,
+    "sizing": _sizing,
 }

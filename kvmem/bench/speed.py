@@ -11,9 +11,9 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from rich.table import Table
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from kvmem.bench.common import Question, describe, track
+from kvmem.answer import Usage
+from kvmem.bench.common import PeakMemory, Question, describe, track
+from kvmem.cache import BlendedCache
 from kvmem.engine import KVMem
 from kvmem.errors import KVMemError
 from kvmem.model import LanguageModel
@@ -124,19 +126,19 @@ def _measure(mem: KVMem, job: dict[str, Any]) -> dict[str, Any]:
         "ratio_again": again.timings.first_token / full,
         "work": work,
         "floor": work + _copy_seconds(usage.prompt * mem.model.bytes_per_token) / full,
-        "decode_ratio": _decode(mem.model, ids, prefill.cache) / _decode(mem.model, ids, None),
+        "kernels": _kernel_seconds(mem.model, usage) / full,
+        "decode_ratio": _decode_ratio(mem.model, ids, prefill.cache),
     }
 
 
 def _copy_seconds(size: int) -> float:
     """Seconds to copy `size` bytes within memory."""
     source, target = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
-    best = float("inf")
-    for _ in range(3):
-        began = time.perf_counter()
+
+    def copy() -> None:
         target.copy_(source)
-        best = min(best, time.perf_counter() - began)
-    return best
+
+    return _best(copy)
 
 
 def _measure_memory(mem: KVMem, job: dict[str, Any]) -> dict[str, Any]:
@@ -144,24 +146,14 @@ def _measure_memory(mem: KVMem, job: dict[str, Any]) -> dict[str, Any]:
     in_order, blend = WAYS[job["way"]]
     context = job["passages"] if in_order else job["passages"][::-1]
     weights = sum(p.numel() * p.element_size() for p in mem.model.hf.parameters())
-    before, peak, done = _private_bytes(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, _private_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    answer = mem.ask(job["question"], context=context, blend=blend, max_tokens=1)
-    done.set()
-    watcher.join()
+    with PeakMemory() as memory:
+        answer = mem.ask(job["question"], context=context, blend=blend, max_tokens=1)
     kv = answer.usage.prompt * mem.model.bytes_per_token
     return {
         "weights": weights,
         "kv": kv,
-        "taken": peak - before,
-        "memory_ratio": (weights + peak - before) / (weights + kv),
+        "taken": memory.taken,
+        "memory_ratio": None if memory.taken is None else (weights + memory.taken) / (weights + kv),
     }
 
 
@@ -184,31 +176,69 @@ def _full(model: LanguageModel, ids: torch.Tensor) -> float:
     return clock.stamps[1] - began
 
 
-def _decode(model: LanguageModel, ids: torch.Tensor, cache: Any, tokens: int = 16) -> float:
-    """Seconds per token of `model.generate`, after the first, on a filled cache (None: a DynamicCache, filled here)."""
-    if cache is None:
-        cache = DynamicCache(config=model.hf.config.get_text_config())
-        with torch.no_grad():
-            model.hf.base_model(ids[None, :-1], past_key_values=cache, use_cache=True)
-    else:
-        cache.crop(1)
+def _decode_ratio(model: LanguageModel, ids: torch.Tensor, cache: BlendedCache, rounds: int = 3) -> float:
+    """Seconds per token after the first on `cache`, divided by those on transformers' own cache; medians over rounds in
+    which the two take turns."""
+    plain = DynamicCache(config=model.hf.config.get_text_config())
+    with torch.no_grad():
+        model.hf.base_model(ids[None, :-1], past_key_values=plain, use_cache=True)
+    ours: list[float] = []
+    theirs: list[float] = []
+    for _ in range(rounds):
+        # The last token is read again: its output is the first token of the answer.
+        cache.length = len(ids) - 1
+        ours += _decode(model, ids, cache)
+        theirs += _decode(model, ids, deepcopy(plain))
+    return float(np.median(ours) / np.median(theirs))
+
+
+def _decode(model: LanguageModel, ids: torch.Tensor, cache: Any, tokens: int = 16) -> list[float]:
+    """Seconds of each token of `model.generate` after the first, on a cache of all ids but the last."""
     clock = _Clock()
     mask = torch.ones_like(ids)[None]
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     model.hf.generate(ids[None], attention_mask=mask, past_key_values=cache, streamer=clock, **options)
-    return float(np.median(np.diff(clock.stamps[2:])))
+    return list(np.diff(clock.stamps[2:]))
 
 
-def _private_bytes() -> int:
-    """Memory of this process now, without pages of files."""
-    fields = Path("/proc/self/status").read_text().split("RssAnon:")
-    return int(fields[1].split()[0]) * 1024
+def _kernel_seconds(model: LanguageModel, usage: Usage) -> float:
+    """What the matrix products and the attention kernel alone take for the tokens that were computed.
+
+    One forward of as many tokens from nothing, and in every layer one unmasked attention of as many rows, over as many
+    keys as these tokens see on average (recomputed ones stand halfway behind what is exact).
+    """
+    rows = usage.recomputed + usage.computed
+    halfway = (usage.exact + usage.prompt) / 2
+    keys = round((usage.recomputed * halfway + usage.computed * usage.prompt) / rows)
+    group, config = model.anatomy.groups[0], model.hf.config.get_text_config()
+    shared = config.num_attention_heads // group.kv_heads
+    query = torch.randn(1, group.kv_heads, shared * rows, group.key_dim, dtype=model.dtype)
+    key = torch.randn(1, group.kv_heads, keys, group.key_dim, dtype=model.dtype)
+    ids = torch.arange(rows)[None]
+
+    def forward() -> None:
+        with torch.no_grad():
+            model.hf.base_model(ids, use_cache=False)
+
+    def attention() -> None:
+        torch.nn.functional.scaled_dot_product_attention(query, key, key)
+
+    return _best(forward) + model.depth * _best(attention, 5)
+
+
+def _best(call: Callable[[], None], rounds: int = 3) -> float:
+    seconds = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Medians per size and way."""
     measured = [row for row in rows if "ratio" in row]
-    names = ("prompt_tokens", "first_token", "full", "ratio", "ratio_again", "work", "floor", "decode_ratio")
+    names = ("prompt_tokens", "first_token", "full", "ratio", "ratio_again", "work", "floor", "kernels", "decode_ratio")
     summary = []
     for size, way in dict.fromkeys((row["size"], row["way"]) for row in measured):
         group = [row for row in measured if (row["size"], row["way"]) == (size, way)]
@@ -221,11 +251,11 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(result: dict[str, Any]) -> Table:
     """The summary, for a terminal."""
     title = f"{result['model']}, {result['threads']} thread(s): first token, of full prefill in the same process"
-    names = ("tokens", "", "first token", "full prefill", "ratio", "2nd ask", "floor", "decode", "memory")
+    names = ("tokens", "", "first token", "full prefill", "ratio", "2nd ask", "floor", "kernels", "decode", "memory")
     shown = Table(*names, title=title)
     for row in result["summary"]:
         seconds = [f"{row[key]:.2f} s" for key in ("first_token", "full")]
-        ratios = [f"{row[key]:.3f}" for key in ("ratio", "ratio_again", "floor")]
+        ratios = [f"{row[key]:.3f}" for key in ("ratio", "ratio_again", "floor", "kernels")]
         memory = "" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}"
         shown.add_row(
             f"{row['prompt_tokens']:.0f}", row["way"], *seconds, *ratios, f"{row['decode_ratio']:.2f}", memory

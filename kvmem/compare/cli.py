@@ -1,0 +1,68 @@
+"""The `kvmem compare` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Annotated
+
+import typer
+
+from kvmem import KVMemError, LanguageModel, ModelSettings
+from kvmem.console import Model, Threads, errors, expand, out
+
+
+def compare(
+    docs: Annotated[list[Path], typer.Option(help="Files or directories of documents; may be repeated.")],
+    questions: Annotated[
+        Path | None,
+        typer.Option(help="One question a line, or JSON (Lines) with answers; without it the model writes some."),
+    ] = None,
+    model: Model = "smollm2",
+    k: Annotated[int, typer.Option("-k", min=1, help="Chunks that RAG retrieves.")] = 4,
+    count: Annotated[int, typer.Option(min=1, help="Questions to write, when none are given.")] = 12,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only so many of the questions.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 32,
+    seed: Annotated[int, typer.Option(help="Which chunks questions are written about.")] = 0,
+    threads: Threads = None,
+    output: Annotated[Path, typer.Option(help="A directory for the report and its JSON.")] = Path("kvmem-compare"),
+    open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
+) -> None:
+    """Ordinary RAG, full prefill and kvmem on your documents: times, answers, misses; an HTML report and JSON."""
+    with errors():
+        from kvmem.bench.common import write_json
+        from kvmem.compare import report
+        from kvmem.compare.questions import load
+        from kvmem.compare.run import run
+        from kvmem.compare.summary import notices, table, verdict
+
+        report.check_installed()
+        _check_writable(output)
+        left_out = {output.resolve(), *([questions.resolve()] if questions is not None else [])}
+        files = [f for path in docs for f in expand(path) if left_out.isdisjoint([f.resolve(), *f.resolve().parents])]
+        if not files:
+            where = ", ".join(map(str, docs))
+            raise KVMemError(f"There are no documents in {where}. Give text, Markdown, HTML or PDF.")
+        asked = None if questions is None else load(questions)[:limit]
+        loaded = LanguageModel.load(model, ModelSettings(threads=threads))
+        wanted = min(count, limit or count)
+        result = run(loaded, files, asked, k=k, count=wanted, max_tokens=max_tokens, seed=seed, scratch=output)
+        write_json(output / "compare.json", result)
+        page = output / "compare.html"
+        report.write(result, page)
+        out.print(table(result))
+        for text in (*notices(result), verdict(result)):
+            out.print(text, highlight=False, markup=False, soft_wrap=True)
+        out.print(f"Wrote {page} and {output / 'compare.json'}", highlight=False, markup=False, soft_wrap=True)
+        if open_report and typer.launch(str(page.resolve())):
+            raise KVMemError(f"No browser could be started. Open {page.resolve()} yourself.")
+
+
+def _check_writable(directory: Path) -> None:
+    """Raises KVMemError before there is anything to lose."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise KVMemError(f"Nothing can be written to {directory}: {error}. Give another --output.") from error

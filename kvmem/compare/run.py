@@ -1,0 +1,306 @@
+"""One run: every question to every way of answering it, with one model.
+
+Ways: `rag` retrieves the k best chunks and reads them with the question; `full` reads the whole prompt that kvmem used
+(all documents, if they fit); both by `model.generate` with transformers' own cache. `warm` is kvmem in the process that
+has read the documents; `restart` is kvmem opened anew for every question, with nothing but the store on disk; `cached`
+is kvmem on the very chunks that `rag` reads. `cold` is the first question of all, which waits until all documents are
+read.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from kvmem.answer import Answer, Prefill, Source
+from kvmem.bench.common import describe, track
+from kvmem.compare.questions import Question
+from kvmem.compare.questions import generate as make_questions
+from kvmem.compare.score import contains, f1, missing
+from kvmem.compare.summary import break_even, summarise
+from kvmem.engine import KVMem
+from kvmem.errors import InputError, PromptTooLongError
+from kvmem.generate import Sampling, call_generate
+from kvmem.model import LanguageModel
+from kvmem.request import Request
+
+WAYS = {
+    "rag": "RAG, top {k}",
+    "full": "Full prefill",
+    "warm": "kvmem, warm",
+    "restart": "kvmem, after a restart",
+    "cached": "kvmem, RAG's chunks",
+}
+_FIRST = "What are these texts about?"
+_NOTHING = "(Nothing was found.)"
+
+
+def run(
+    model: LanguageModel,
+    documents: Sequence[Any],
+    questions: Sequence[Question] | None = None,
+    *,
+    k: int = 4,
+    count: int = 12,
+    max_tokens: int = 32,
+    seed: int = 0,
+    scratch: Path | None = None,
+) -> dict[str, Any]:
+    """Compare on `documents` (as `KVMem.add_all` takes them) and `questions`; the result is JSON.
+
+    questions: None has the model write `count` of them. k: chunks that ordinary RAG retrieves. max_tokens: of answers.
+    seed: of the order of ways, and of the chunks that questions are written about. scratch: where the store is put, for
+    as long as it takes; None is the system's temporary directory. Seconds throughout, from the call.
+    Raises InputError, EmptyInputError, before anything is measured.
+    """
+    if questions is not None and not questions:
+        raise InputError("There are no questions. Give some, or None to have the model write them.")
+    with TemporaryDirectory(dir=scratch) as directory:
+        store = Path(directory)
+        _generate(model, torch.arange(16), 2)
+        with (
+            KVMem(model, store, max_tokens=max_tokens) as mem,
+            KVMem(model, store, max_tokens=max_tokens) as side,
+            KVMem(model, store, max_tokens=max_tokens) as judge,
+        ):
+            began = time.perf_counter()
+            read = mem.add_all(documents)
+            reading = time.perf_counter() - began
+            first = mem.ask(_FIRST).timings
+            began = time.perf_counter()
+            mem.retrieve(_FIRST, k)
+            indexing = time.perf_counter() - began
+            asked = make_questions(model, read, count, seed) if questions is None else list(questions)
+            case = _Case(mem, side, judge, store, k, max_tokens)
+            case.check(asked)
+            # The first forward of this size takes longer than the others.
+            _generate(model, torch.tensor(case.request(asked[0].text).prompt.token_ids), 2)
+            rows = [case.ask(question, seed + n) for n, question in enumerate(track(asked, "compare"))]
+            kept = mem.stats()
+    return {
+        "benchmark": "compare",
+        **describe(model, k=k, max_tokens=max_tokens, seed=seed, questions=len(asked)),
+        "generated": questions is None,
+        "documents": len(read),
+        "chunks": kept.chunks,
+        "tokens": kept.tokens,
+        "window": model.window,
+        "fits": all(row["plan"]["mode"] == "whole" for row in rows),
+        "not_blendable": None if model.blendable else model.anatomy.reason,
+        "reading": reading,
+        "indexing": indexing,
+        "cold": {"first_token": reading + first.first_token, "total": reading + first.total},
+        "disk_bytes": kept.store.bytes,
+        "bytes_per_token": model.bytes_per_token,
+        "ways": {name: label.format(k=k) for name, label in WAYS.items()},
+        "summary": {name: summarise(rows, name) for name in WAYS},
+        "break_even": {way: break_even(rows, way, "warm", reading, seed) for way in ("full", "rag")},
+        "rows": rows,
+    }
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What every question is asked of.
+
+    mem has read the documents; side answers from chunks; judge is never timed. Each has a buffer of its own.
+    """
+
+    mem: KVMem
+    side: KVMem
+    judge: KVMem
+    store: Path
+    k: int
+    max_tokens: int
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """Raises InputError for a question that some way cannot answer."""
+        for number, question in enumerate(questions, 1):
+            try:
+                self.request(question.text)
+                chunks = self.mem.retrieve(question.text, self.k)
+                plan = self.mem.plan(question.text, context=chunks or [_NOTHING])
+            except (InputError, PromptTooLongError) as error:
+                raise InputError(f"Question {number}, {question.text[:60]!r}: {error}") from error
+            if plan.mode != "whole":
+                raise InputError(
+                    f"The {self.k} chunks that RAG would read for question {number}, {question.text[:60]!r}, do not "
+                    f"fit the model's window of {self.mem.model.window} tokens. Give a smaller -k."
+                )
+
+    def request(self, question: str, context: Sequence[Any] | None = None) -> Request:
+        """The prompt of a question, planned."""
+        mem = self.mem
+        began = time.perf_counter()
+        return mem._worker.run(
+            lambda: mem._requests.for_question(began, question, context, None, self.max_tokens),
+        )
+
+    def ask(self, question: Question, seed: int) -> dict[str, Any]:
+        """Every way, one after the other, in an order drawn by `seed`."""
+        text, order = question.text, list(WAYS)
+        random.Random(seed).shuffle(order)
+        measured = {name: getattr(self, f"_{name}")(text) for name in order}
+        rag, full = measured["rag"], measured["full"]
+        whole = self.judge.prefill(text)
+        measured["warm"] |= self._agree(full, whole)
+        measured["cached"] |= self._agree(rag, self.judge.prefill(text, context=self._chunks(text)))
+        corpus = [chunk for document in self.mem.list() for chunk in document.chunks]
+        return {
+            "question": text,
+            "answers": list(question.answers),
+            "plan": {"mode": whole.plan.mode, "reason": whole.plan.reason},
+            "ways": {name: _row(measured[name], question, full["text"], corpus) for name in WAYS},
+        }
+
+    def _chunks(self, question: str) -> Sequence[Source | str]:
+        return self.mem.retrieve(question, self.k) or (_NOTHING,)
+
+    def _rag(self, question: str) -> dict[str, Any]:
+        began = time.perf_counter()
+        return self._read(began, question, self._chunks(question))
+
+    def _full(self, question: str) -> dict[str, Any]:
+        return self._read(time.perf_counter(), question, None)
+
+    def _read(self, began: float, question: str, context: Sequence[Any] | None) -> dict[str, Any]:
+        request = self.request(question, context)
+        ids = torch.tensor(request.prompt.token_ids)
+        prepared = time.perf_counter() - began
+        found = _generate(self.mem.model, ids, self.max_tokens)
+        return found | {
+            "first_token": prepared + found["first_token"],
+            "total": prepared + found["total"],
+            "ids": ids,
+            "prompt": len(ids),
+            "computed": len(ids),
+            "texts": _texts(request.sources),
+        }
+
+    def _warm(self, question: str) -> dict[str, Any]:
+        return _of(self.mem.ask(question), self.mem.model.depth)
+
+    def _restart(self, question: str) -> dict[str, Any]:
+        began = time.perf_counter()
+        with KVMem(self.mem.model, self.store, max_tokens=self.max_tokens) as mem:
+            opened = time.perf_counter() - began
+            return _of(mem.ask(question), mem.model.depth, opened)
+
+    def _cached(self, question: str) -> dict[str, Any]:
+        began = time.perf_counter()
+        chunks = self._chunks(question)
+        retrieved = time.perf_counter() - began
+        return _of(self.side.ask(question, context=chunks), self.side.model.depth, retrieved)
+
+    def _agree(self, read: dict[str, Any], state: Prefill) -> dict[str, float]:
+        """How far `state` is from what was read anew, along the answer of that: the mean KL in nats, and the share of
+        tokens that it would have chosen as well."""
+        answer, truth = read["token_ids"], read["log_probs"]
+        if state.token_ids.tolist() != read["ids"].tolist():
+            # Chunks that were retrieved may stand in another order by now.
+            truth = _read_along(self.mem.model, state.token_ids, answer)
+        found = _along(self.mem.model, state, answer)
+        divergence = (truth.exp() * (truth - found)).sum(-1)
+        same = truth.argmax(-1) == found.argmax(-1)
+        return {"kl": float(divergence.mean()), "top1": float(same.float().mean())}
+
+
+def _texts(sources: Sequence[Source]) -> list[str]:
+    return [source.text for source in sources if source.text != _NOTHING]
+
+
+def _of(answer: Answer, depth: int, before: float = 0.0) -> dict[str, Any]:
+    """before: seconds that passed before the engine was asked."""
+    return {
+        "text": answer.text,
+        "first_token": before + answer.timings.first_token,
+        "total": before + answer.timings.total,
+        "generated": answer.usage.generated,
+        "prompt": answer.usage.prompt,
+        "computed": round(answer.usage.token_layers / depth),
+        "usage": vars(answer.usage),
+        "texts": _texts(answer.sources),
+    }
+
+
+class _Clock(BaseStreamer):
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.stamps.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _generate(model: LanguageModel, ids: Tensor, max_tokens: int) -> dict[str, Any]:
+    """A greedy answer with transformers' own cache, under the rules that kvmem decodes by; its times, and its
+    log-probabilities [answer, vocab]."""
+    clock = _Clock()
+    began = time.perf_counter()
+    output: Any = call_generate(
+        model,
+        Sampling(max_tokens),
+        [],
+        input_ids=ids[None].to(model.device),
+        attention_mask=torch.ones_like(ids)[None].to(model.device),
+        past_key_values=DynamicCache(config=model.hf.config.get_text_config()),
+        streamer=clock,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    done = time.perf_counter()
+    tokens = output.sequences[0, len(ids) :].tolist()
+    return {
+        "text": str(model.tokenizer.decode(tokens, skip_special_tokens=True)),
+        "token_ids": tokens,
+        "log_probs": torch.stack(output.logits)[:, 0].float().log_softmax(-1),
+        "first_token": clock.stamps[1] - began,
+        "total": done - began,
+        "generated": len(tokens),
+    }
+
+
+@torch.no_grad()
+def _along(model: LanguageModel, state: Prefill, answer: Sequence[int]) -> Tensor:
+    """Log-probabilities [answer, vocab] of the state's model along `answer`. Uses the state up."""
+    rows = [state.logits[None].to(model.device)]
+    if len(answer) > 1:
+        ids = torch.tensor([answer[:-1]], device=model.device)
+        rows.append(model.hf(ids, past_key_values=state.cache, use_cache=True).logits[0].float())
+    return torch.cat(rows).log_softmax(-1)
+
+
+@torch.no_grad()
+def _read_along(model: LanguageModel, ids: Tensor, answer: Sequence[int]) -> Tensor:
+    """The same by plainly reading `ids` and `answer`."""
+    whole = torch.cat([ids, torch.tensor(answer[:-1], dtype=ids.dtype)]).to(model.device)
+    logits: Tensor = model.hf(whole[None], use_cache=False, logits_to_keep=len(answer)).logits[0].float()
+    return logits.log_softmax(-1)
+
+
+def _row(found: dict[str, Any], question: Question, reference: str, corpus: Sequence[str]) -> dict[str, Any]:
+    """What is kept of one answer. `missing` is None where nobody can say what should have been in the prompt."""
+    kept = ("text", "first_token", "total", "generated", "prompt", "computed")
+    right = question.answers
+    return {key: found[key] for key in kept} | {
+        "chunks": len(found["texts"]),
+        "usage": found.get("usage"),
+        "kl": found.get("kl"),
+        "top1": found.get("top1"),
+        "f1": f1(found["text"], right) if right else None,
+        "contains": contains(found["text"], right) if right else None,
+        "agrees": f1(found["text"], [reference]),
+        "missing": missing(question, found["texts"], corpus),
+    }
