@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,7 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
+from kvmem.answer import Prefill
 from kvmem.errors import InputError
 from kvmem.model import LanguageModel
 
@@ -102,6 +106,29 @@ def _private_bytes() -> int | None:
     except OSError:
         return None
     return int(rest.split()[0]) * 1024 if rest else None
+
+
+class Clock(BaseStreamer):
+    """A streamer of transformers' `generate` that notes when tokens come: first the prompt, then each of the answer."""
+
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.stamps.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+@torch.no_grad()
+def along(model: LanguageModel, state: Prefill, answer: Sequence[int]) -> Tensor:
+    """Log-probabilities, float32 [answer, vocab], of the state's model along `answer`. Uses the state up."""
+    rows = [state.logits[None].to(model.device)]
+    if len(answer) > 1:
+        ids = torch.tensor([answer[:-1]], device=model.device)
+        rows.append(model.hf(ids, past_key_values=state.cache, use_cache=True).logits[0].float())
+    return torch.cat(rows).log_softmax(-1)
 
 
 def bootstrap(

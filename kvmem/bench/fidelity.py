@@ -16,8 +16,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from kvmem.answer import Prefill
-from kvmem.bench.common import Question, bootstrap, describe, track
+from kvmem.bench.common import Question, along, bootstrap, describe, track
 from kvmem.engine import KVMem
 from kvmem.model import LanguageModel
 from kvmem.settings import BlendSettings
@@ -74,7 +73,7 @@ def _example(
         # "all" comes last: it makes every entry exact.
         for name, blend in sorted(variants.items(), key=lambda item: item[1]["selector"] == "all"):
             prefill = mem.prefill(question.question, context=context, blend=BlendSettings.parse(blend))
-            found[name] = _compare(truth, _along(model, prefill, answer)) | {"recomputed": prefill.usage.recomputed}
+            found[name] = _compare(truth, along(model, prefill, answer)) | {"recomputed": prefill.usage.recomputed}
     return {"prompt_tokens": len(ids), "answer_tokens": len(answer), "variants": found}
 
 
@@ -92,16 +91,6 @@ def _full(mem: KVMem, question: str, context: list[str], tokens: int) -> tuple[T
     )
     answer = output.sequences[0, len(ids) :].tolist()
     return ids, torch.stack(output.logits)[:, 0].float().log_softmax(-1), answer
-
-
-@torch.no_grad()
-def _along(model: LanguageModel, prefill: Prefill, answer: list[int]) -> Tensor:
-    """Log-probabilities [answer, vocab] of a blended cache along the answer."""
-    rows = [prefill.logits[None].to(model.device)]
-    if len(answer) > 1:
-        ids = torch.tensor([answer[:-1]], device=model.device)
-        rows.append(model.hf(ids, past_key_values=prefill.cache, use_cache=True).logits[0].float())
-    return torch.cat(rows).log_softmax(-1)
 
 
 def _compare(truth: Tensor, found: Tensor) -> dict[str, float]:

@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from rich.table import Table
 from transformers import DynamicCache
-from transformers.generation.streamers import BaseStreamer
 
 from kvmem.answer import Usage
-from kvmem.bench.common import PeakMemory, Question, describe, track
+from kvmem.bench.common import Clock, PeakMemory, Question, describe, track
 from kvmem.cache import BlendedCache
 from kvmem.engine import KVMem
 from kvmem.errors import KVMemError
@@ -157,20 +156,9 @@ def _measure_memory(mem: KVMem, job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Clock(BaseStreamer):
-    def __init__(self) -> None:
-        self.stamps: list[float] = []
-
-    def put(self, value: Any) -> None:
-        self.stamps.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
 def _full(model: LanguageModel, ids: torch.Tensor) -> float:
     """Seconds to the first token of `model.generate` with transformers' own cache."""
-    clock = _Clock()
+    clock = Clock()
     began = time.perf_counter()
     model.hf.generate(ids[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=1, streamer=clock)
     return clock.stamps[1] - began
@@ -194,7 +182,7 @@ def _decode_ratio(model: LanguageModel, ids: torch.Tensor, cache: BlendedCache, 
 
 def _decode(model: LanguageModel, ids: torch.Tensor, cache: Any, tokens: int = 16) -> list[float]:
     """Seconds of each token of `model.generate` after the first, on a cache of all ids but the last."""
-    clock = _Clock()
+    clock = Clock()
     mask = torch.ones_like(ids)[None]
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     model.hf.generate(ids[None], attention_mask=mask, past_key_values=cache, streamer=clock, **options)

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.generation.streamers import BaseStreamer
 
 from kvmem.answer import Answer, Prefill, Source
-from kvmem.bench.common import describe, track
+from kvmem.bench.common import Clock, along, describe, track
 from kvmem.compare.questions import Question
 from kvmem.compare.questions import generate as make_questions
 from kvmem.compare.score import contains, f1, missing
@@ -209,7 +208,7 @@ class _Case:
         if state.token_ids.tolist() != read["ids"].tolist():
             # Chunks that were retrieved may stand in another order by now.
             truth = _read_along(self.mem.model, state.token_ids, answer)
-        found = _along(self.mem.model, state, answer)
+        found = along(self.mem.model, state, answer)
         divergence = (truth.exp() * (truth - found)).sum(-1)
         same = truth.argmax(-1) == found.argmax(-1)
         return {"kl": float(divergence.mean()), "top1": float(same.float().mean())}
@@ -233,21 +232,10 @@ def _of(answer: Answer, depth: int, before: float = 0.0) -> dict[str, Any]:
     }
 
 
-class _Clock(BaseStreamer):
-    def __init__(self) -> None:
-        self.stamps: list[float] = []
-
-    def put(self, value: Any) -> None:
-        self.stamps.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
 def _generate(model: LanguageModel, ids: Tensor, max_tokens: int) -> dict[str, Any]:
     """A greedy answer with transformers' own cache, under the rules that kvmem decodes by; its times, and its
     log-probabilities [answer, vocab]."""
-    clock = _Clock()
+    clock = Clock()
     began = time.perf_counter()
     output: Any = call_generate(
         model,
@@ -273,18 +261,8 @@ def _generate(model: LanguageModel, ids: Tensor, max_tokens: int) -> dict[str, A
 
 
 @torch.no_grad()
-def _along(model: LanguageModel, state: Prefill, answer: Sequence[int]) -> Tensor:
-    """Log-probabilities [answer, vocab] of the state's model along `answer`. Uses the state up."""
-    rows = [state.logits[None].to(model.device)]
-    if len(answer) > 1:
-        ids = torch.tensor([answer[:-1]], device=model.device)
-        rows.append(model.hf(ids, past_key_values=state.cache, use_cache=True).logits[0].float())
-    return torch.cat(rows).log_softmax(-1)
-
-
-@torch.no_grad()
 def _read_along(model: LanguageModel, ids: Tensor, answer: Sequence[int]) -> Tensor:
-    """The same by plainly reading `ids` and `answer`."""
+    """Log-probabilities [answer, vocab] along `answer`, by plainly reading it behind `ids`."""
     whole = torch.cat([ids, torch.tensor(answer[:-1], dtype=ids.dtype)]).to(model.device)
     logits: Tensor = model.hf(whole[None], use_cache=False, logits_to_keep=len(answer)).logits[0].float()
     return logits.log_softmax(-1)
