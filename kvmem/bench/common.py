@@ -131,6 +131,15 @@ def along(model: LanguageModel, state: Prefill, answer: Sequence[int]) -> Tensor
     return torch.cat(rows).log_softmax(-1)
 
 
+def agreement(truth: Tensor, found: Tensor) -> dict[str, float]:
+    """How far log-probabilities `found` are from `truth`, both [answer, vocab].
+
+    The mean KL in nats, the share of tokens with the same first choice, and whether the first token has it."""
+    divergence = (truth.exp() * (truth - found)).sum(-1)
+    same = truth.argmax(-1) == found.argmax(-1)
+    return {"kl": float(divergence.mean()), "top1": float(same.float().mean()), "first": float(same[0])}
+
+
 def bootstrap(
     values: Sequence[float], statistic: Callable[[np.ndarray[Any, Any]], float], seed: int, rounds: int = 10_000
 ) -> tuple[float, float]:

@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from kvmem.bench.common import Question, along, bootstrap, describe, track
+from kvmem.bench.common import Question, agreement, along, bootstrap, describe, track
 from kvmem.engine import KVMem
 from kvmem.model import LanguageModel
 from kvmem.settings import BlendSettings
@@ -73,7 +73,7 @@ def _example(
         # "all" comes last: it makes every entry exact.
         for name, blend in sorted(variants.items(), key=lambda item: item[1]["selector"] == "all"):
             prefill = mem.prefill(question.question, context=context, blend=BlendSettings.parse(blend))
-            found[name] = _compare(truth, along(model, prefill, answer)) | {"recomputed": prefill.usage.recomputed}
+            found[name] = agreement(truth, along(model, prefill, answer)) | {"recomputed": prefill.usage.recomputed}
     return {"prompt_tokens": len(ids), "answer_tokens": len(answer), "variants": found}
 
 
@@ -91,12 +91,6 @@ def _full(mem: KVMem, question: str, context: list[str], tokens: int) -> tuple[T
     )
     answer = output.sequences[0, len(ids) :].tolist()
     return ids, torch.stack(output.logits)[:, 0].float().log_softmax(-1), answer
-
-
-def _compare(truth: Tensor, found: Tensor) -> dict[str, float]:
-    divergence = (truth.exp() * (truth - found)).sum(-1)
-    same = truth.argmax(-1) == found.argmax(-1)
-    return {"kl": float(divergence.mean()), "top1": float(same.float().mean()), "first": float(same[0])}
 
 
 def summarise(examples: Sequence[dict[str, Any]], name: str, seed: int) -> dict[str, Any]:

@@ -23,7 +23,9 @@ def compare(
     count: Annotated[int, typer.Option(min=1, help="Questions to write, when none are given.")] = 12,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask only so many of the questions.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 32,
-    seed: Annotated[int, typer.Option(help="Which chunks questions are written about.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the order of ways, and of the chunks that questions are written about.")
+    ] = 0,
     threads: Threads = None,
     output: Annotated[Path, typer.Option(help="A directory for the report and its JSON.")] = Path("kvmem-compare"),
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvmem.answer import Answer, Prefill, Source
-from kvmem.bench.common import Clock, along, describe, track
+from kvmem.bench.common import Clock, agreement, along, describe, track
 from kvmem.compare.questions import Question
 from kvmem.compare.questions import generate as make_questions
 from kvmem.compare.score import contains, f1, missing
@@ -202,16 +202,12 @@ class _Case:
         return _of(self.side.ask(question, context=chunks), self.side.model.depth, retrieved)
 
     def _agree(self, read: dict[str, Any], state: Prefill) -> dict[str, float]:
-        """How far `state` is from what was read anew, along the answer of that: the mean KL in nats, and the share of
-        tokens that it would have chosen as well."""
+        """How far `state` is from what was read anew, along the answer of that."""
         answer, truth = read["token_ids"], read["log_probs"]
         if state.token_ids.tolist() != read["ids"].tolist():
             # Chunks that were retrieved may stand in another order by now.
             truth = _read_along(self.mem.model, state.token_ids, answer)
-        found = along(self.mem.model, state, answer)
-        divergence = (truth.exp() * (truth - found)).sum(-1)
-        same = truth.argmax(-1) == found.argmax(-1)
-        return {"kl": float(divergence.mean()), "top1": float(same.float().mean())}
+        return agreement(truth, along(self.mem.model, state, answer))
 
 
 def _texts(sources: Sequence[Source]) -> list[str]:
