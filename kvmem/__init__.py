@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ModelError,
         ModelNotFoundError,
         PromptTooLongError,
+        RemoteError,
         StoreError,
         UnknownDocumentError,
         UnknownMemoryError,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from kvmem.model import LanguageModel
     from kvmem.plan import Plan
     from kvmem.retrieve import BM25Retriever, HybridRetriever, Retriever
-    from kvmem.settings import BlendSettings, ModelSettings, Settings, SplitSettings, StoreSettings
+    from kvmem.settings import BlendSettings, ModelSettings, RemoteSettings, Settings, SplitSettings, StoreSettings
     from kvmem.stats import DocumentStats, Stats
     from kvmem.stream import AnswerStream
     from kvmem.tools import ToolCall
@@ -47,6 +48,7 @@ _HOME = {
         "ModelError",
         "ModelNotFoundError",
         "PromptTooLongError",
+        "RemoteError",
         "StoreError",
         "UnknownDocumentError",
         "UnknownMemoryError",
@@ -56,7 +58,14 @@ _HOME = {
     "kvmem.model": ("LanguageModel",),
     "kvmem.plan": ("Plan",),
     "kvmem.retrieve": ("BM25Retriever", "HybridRetriever", "Retriever"),
-    "kvmem.settings": ("BlendSettings", "ModelSettings", "Settings", "SplitSettings", "StoreSettings"),
+    "kvmem.settings": (
+        "BlendSettings",
+        "ModelSettings",
+        "RemoteSettings",
+        "Settings",
+        "SplitSettings",
+        "StoreSettings",
+    ),
     "kvmem.stats": ("DocumentStats", "Stats"),
     "kvmem.stream": ("AnswerStream",),
     "kvmem.tools": ("ToolCall",),
@@ -88,6 +97,8 @@ __all__ = [
     "Prefill",
     "PromptTooLongError",
     "Recalled",
+    "RemoteError",
+    "RemoteSettings",
     "Retriever",
     "Settings",
     "Source",

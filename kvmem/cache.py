@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -49,9 +49,17 @@ class BlendedLayer(CacheLayerMixin):
 
     is_croppable = True
 
-    def __init__(self, index: int, group: LayerGroup, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        index: int,
+        group: LayerGroup,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        poll: Callable[[], None],
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.index, self.group = index, group
+        self.index, self.group, self._poll = index, group, poll
         self.dtype, self.device = dtype, device
         self.keys: Tensor = torch.empty((1, group.kv_heads, capacity, group.key_dim), dtype=dtype, device=device)
         self.values: Tensor = torch.empty((1, group.kv_heads, capacity, group.value_dim), dtype=dtype, device=device)
@@ -77,6 +85,7 @@ class BlendedLayer(CacheLayerMixin):
         Inside a step the rows go to the step's positions and all rows up to its last position are returned.
         Otherwise they are appended, as with any cache of transformers.
         """
+        self._poll()
         if self.step is None:
             return self._append(key_states, value_states)
         self.step.layers_entered += 1
@@ -141,6 +150,8 @@ class BlendedCache(Cache):
     """A `transformers.Cache` over preallocated rows, which any subset of positions can be recomputed in.
 
     It is a private copy: stored entries are copied in and never written to.
+
+    poll: called whenever a layer is about to be written; it may raise, and so end a forward between two layers.
     """
 
     def __init__(
@@ -150,10 +161,11 @@ class BlendedCache(Cache):
         dtype: torch.dtype,
         device: torch.device,
         recurrent: Sequence[int] = (),
+        poll: Callable[[], None] = lambda: None,
     ) -> None:
         self.groups = tuple(groups)
         self._kept = {
-            index: BlendedLayer(index, group, capacity, dtype, device)
+            index: BlendedLayer(index, group, capacity, dtype, device, poll)
             for group in self.groups
             for index in group.layers
         }

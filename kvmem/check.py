@@ -136,7 +136,7 @@ def _divergence(mem: KVMem, blend: BlendSettings | str | dict[str, object]) -> f
     total = 0.0
     for question in QUESTIONS:
         prefill = mem.prefill(question, context=TEXTS, blend=blend)
-        truth = _full(mem.model, prefill).log_softmax(-1)
+        truth = _full(mem.local_model, prefill).log_softmax(-1)
         total += float((truth.exp() * (truth - prefill.logits.cpu().log_softmax(-1))).sum())
     return total / len(QUESTIONS)
 

@@ -17,10 +17,12 @@ from kvmem.bench.cli import bench
 from kvmem.compare.cli import compare
 from kvmem.console import Model, Threads, err, errors, expand, out
 from kvmem.document import as_document
+from kvmem.serve.cli import serve
 
 app = typer.Typer(help="Ask questions over documents that the model has read once.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.command()(compare)
+app.command()(serve)
 
 StorePath = Annotated[Path, typer.Option("--store", envvar="KVMEM_STORE", help="Where caches are kept.")]
 Namespace = Annotated[str, typer.Option(envvar="KVMEM_NAMESPACE", help="Whose documents these are.")]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from kvmem.any_model import AnyModel
 from kvmem.errors import InputError
 from kvmem.model import LanguageModel
 
@@ -60,6 +61,14 @@ def narrow(schema: Schema, characters: int) -> dict[str, Any]:
     return narrowed
 
 
+def narrow_for(model: AnyModel, schema: Schema, max_tokens: int) -> dict[str, Any]:
+    """`schema`, narrowed so that its JSON has a good chance to be complete after `max_tokens`."""
+    names = json.dumps(dict.fromkeys(_property_names(schema), ""))
+    # Rambling is made of short words: fewer characters by token than a text has.
+    characters = 0.6 * len(_SAMPLE) / model.count_tokens(_SAMPLE)
+    return narrow(schema, int(characters * max(0, max_tokens - model.count_tokens(names))))
+
+
 def _property_names(node: Any) -> list[str]:
     if isinstance(node, list):
         return [name for item in node for name in _property_names(item)]
@@ -99,11 +108,8 @@ class JsonConstraint(LogitsProcessor):
         # One space after a colon is how models were trained to write JSON; free white space lets small ones ramble.
         options: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         try:
-            names = json.dumps(dict.fromkeys(_property_names(schema), ""))
-            # Rambling is made of short words: fewer characters by token than a text has.
-            characters = 0.6 * len(_SAMPLE) / model.count_tokens(_SAMPLE)
-            room = int(characters * max(0, max_tokens - model.count_tokens(names)))
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(narrow(schema, room)), overrides=options)
+            narrowed = json.dumps(narrow_for(model, schema, max_tokens))
+            grammar = LLMatcher.grammar_from_json_schema(narrowed, overrides=options)
         except (TypeError, ValueError) as error:
             raise InputError(f"The schema is not one: {error}. Give a JSON schema.") from error
         self._matcher = LLMatcher(model.grammar_tokenizer, grammar)

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
+from kvmem.any_model import AnyModel
 from kvmem.document import Chunk, Document
 from kvmem.errors import UnknownDocumentError
-from kvmem.model import LanguageModel
 from kvmem.prompt import Span, Typesetter
 from kvmem.settings import SplitSettings
 from kvmem.split import headings, split
@@ -34,7 +34,7 @@ class Corpus:
     """Documents by id. Reading back after a restart gives the same documents in the same order."""
 
     def __init__(
-        self, store: Store, model: LanguageModel, typesetter: Typesetter, namespace: str, settings: SplitSettings
+        self, store: Store, model: AnyModel, typesetter: Typesetter, namespace: str, settings: SplitSettings
     ) -> None:
         self._rows = store.documents
         self._model, self._namespace, self._settings = model, namespace, settings

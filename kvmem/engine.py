@@ -15,12 +15,15 @@ from weakref import WeakSet
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvmem.answer import Answer, Prefill, Source
+from kvmem.any_model import AnyModel
+from kvmem.backend import Backend
 from kvmem.compose import Composer
 from kvmem.corpus import Corpus
 from kvmem.document import Document, Metadata, as_document
 from kvmem.errors import InputError
 from kvmem.generate import Sampling
 from kvmem.library import Library
+from kvmem.locate import is_remote
 from kvmem.model import LanguageModel
 from kvmem.plan import Plan
 from kvmem.prompt import DEFAULT_SYSTEM, Message, Span, Typesetter
@@ -44,19 +47,20 @@ _warned: WeakSet[LanguageModel] = WeakSet()
 class KVMem:
     """A language model that has read your documents.
 
-    model: a hub id, a local directory, a GGUF file, "smollm2", a `LanguageModel`, or a transformers model
-        (then with `tokenizer`).
+    model: a hub id, a local directory, a GGUF file, "smollm2", a `LanguageModel`, a transformers model (then with
+        `tokenizer`), or the address of a vLLM server, `vllm://host:port/model`.
     store: a directory, a `Store`, or None to keep everything in memory only.
-    settings: a `Settings`; any of its fields may also be given by name, and those of `ModelSettings` too.
+    settings: a `Settings`; any of its fields may also be given by name, and those of `ModelSettings`, `StoreSettings`
+        and `RemoteSettings` too.
     retriever: chooses chunks when they do not all fit; BM25 by default.
 
     May be used from any thread; the model runs in one thread of its own. Close it, or use it in `with`.
-    Raises ModelNotFoundError, ModelError, StoreError, InputError.
+    Raises ModelNotFoundError, ModelError, RemoteError, StoreError, InputError.
     """
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | LanguageModel | PreTrainedModel,
+        model: str | os.PathLike[str] | AnyModel | PreTrainedModel,
         store: str | os.PathLike[str] | Store | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -65,36 +69,30 @@ class KVMem:
         **overrides: Any,
     ) -> None:
         self.settings = Settings.parse(settings, overrides)
-        self.model = self._open_model(model, tokenizer, overrides)
+        self.model: AnyModel = self._open_model(model, tokenizer, overrides)
         self._owns_store = store is None or isinstance(store, (str, os.PathLike))
         self.store = open_store(store, self.settings.storage)
         self.retriever: Retriever = retriever or BM25Retriever()
         namespace = self.settings.namespace
-        # Both are looked up by the first question otherwise, which would wait for them.
-        _ = self.model.fingerprint, self.model.anatomy
-        if not self.model.blendable and self.model not in _warned:
-            _warned.add(self.model)
-            reason = self.model.anatomy.reason
-            logger.warning("kvmem: %s reuses exact prefixes only, since %s", self.model.name, reason)
         typesetter = Typesetter(self.model)
         self._corpus = Corpus(self.store, self.model, typesetter, namespace, self.settings.split)
-        neutral = prefix_of(typesetter, DEFAULT_SYSTEM)
-        preamble = Span(tuple(token for span in neutral for token in span.token_ids))
-        self._composer = Composer(self.model, self.store, namespace, preamble)
+        self._backend = self._open_backend(typesetter)
         self._requests = RequestBuilder(
-            self.model, self._corpus, typesetter, self.retriever, self._composer, self.settings
+            self.model, self._corpus, typesetter, self.retriever, self._backend.arrange, self.settings
         )
-        self._runner = Runner(self.model, self.store, self._composer)
         self._library = Library(
-            self.model.window, self.store, self._corpus, self._composer, self._runner, self._requests, self.settings
+            self.model.window, self.store, self._corpus, self._backend, self._requests, self.settings
         )
         self._threads = Threads(self.store.documents, namespace)
         self._worker = Worker(self.model)
 
-    def _open_model(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase | None, overrides: Mapping[str, Any]
-    ) -> LanguageModel:
-        if isinstance(model, LanguageModel):
+    def _open_model(self, model: Any, tokenizer: Any, overrides: Mapping[str, Any]) -> AnyModel:
+        self._owns_model = isinstance(model, (str, os.PathLike)) and is_remote(os.fspath(model))
+        if self._owns_model:
+            from kvmem.vllm import VLLMModel  # an extra
+
+            return VLLMModel.connect(os.fspath(model), self.settings.remote, tokenizer)
+        if isinstance(model, AnyModel):
             if ignored := overrides.keys() & ModelSettings.model_fields.keys():
                 raise InputError(f"{min(ignored)} belongs to loading, and this model is loaded. Give it to load().")
             return model
@@ -103,6 +101,26 @@ class KVMem:
         if tokenizer is None:
             raise InputError("A model object needs its tokenizer: KVMem(model, store, tokenizer=tokenizer).")
         return LanguageModel(model, tokenizer, settings=self.settings.model)
+
+    def _open_backend(self, typesetter: Typesetter) -> Backend:
+        model, namespace = self.model, self.settings.namespace
+        if not isinstance(model, LanguageModel):
+            return model.backend(namespace)
+        # Both are looked up by the first question otherwise, which would wait for them.
+        _ = model.fingerprint, model.anatomy
+        if not model.blendable and model not in _warned:
+            _warned.add(model)
+            logger.warning("kvmem: %s reuses exact prefixes only, since %s", model.name, model.anatomy.reason)
+        neutral = prefix_of(typesetter, DEFAULT_SYSTEM)
+        preamble = Span(tuple(token for span in neutral for token in span.token_ids))
+        return Runner(model, self.store, Composer(model, self.store, namespace, preamble))
+
+    @property
+    def local_model(self) -> LanguageModel:
+        """The model, if it runs in this process. Raises InputError."""
+        if not isinstance(self.model, LanguageModel):
+            raise InputError(f"{self.model.name} runs on a server, and this needs a model in this process.")
+        return self.model
 
     # Documents
 
@@ -187,7 +205,7 @@ class KVMem:
         name = self.settings.namespace if namespace is None else namespace
 
         def work() -> int:
-            self._runner.release()
+            self._backend.release()
             self._corpus.release()
             return forget_namespace(self.store, name)
 
@@ -209,7 +227,7 @@ class KVMem:
         """Remove a conversation and what is kept of it. Raises UnknownThreadError."""
 
         def work() -> None:
-            self._runner.release()
+            self._backend.release()
             self._library.forget_spans(self._threads.remove(thread))
 
         self._worker.run(work)
@@ -306,13 +324,15 @@ class KVMem:
         settings = self._resolve(self._parse_blend(blend))
 
         def work() -> Sequence[Answer]:
-            requests = [
-                self._requests.for_question(started, question, kept, system, sampling.max_tokens) for question in asked
-            ]
+            with self._worker.turn():
+                requests = [
+                    self._requests.for_question(started, question, kept, system, sampling.max_tokens)
+                    for question in asked
+                ]
             deadline = None if timeout is None else time.monotonic() + timeout
-            return self._runner.answer_all(requests, settings, sampling, Deadline(deadline))
+            return self._backend.answer_all(requests, settings, sampling, Deadline(deadline))
 
-        return self._worker.run(work)
+        return self._worker.run(work, alone=False)
 
     def chat(
         self,
@@ -376,6 +396,30 @@ class KVMem:
 
         return self._start(build, blend, sampling, toolbox, timeout, conversation)
 
+    def complete(self, prompt: str | Sequence[int], **options: Any) -> Answer:
+        """Continue a prompt as it is, without the chat template; special tokens in a text are meant.
+
+        prompt: a text, or token ids. options: as in `ask`. What was read of an earlier prompt is not read again.
+        Raises EmptyInputError, InputError, PromptTooLongError.
+        """
+        return self.stream_complete(prompt, **options).answer
+
+    def stream_complete(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        blend: BlendSettings | str | Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> AnswerStream:
+        """Like `complete`, as an iterator of text pieces; its `.answer` is the whole answer."""
+        started = time.perf_counter()
+        names = ("max_tokens", "temperature", "top_p", "stop", "seed")
+        sampling = self._sampling({name: options.pop(name, None) for name in names}, options)
+        return self._start(
+            lambda: self._requests.for_raw(started, prompt, sampling.max_tokens), blend, sampling, timeout=timeout
+        )
+
     def _sampling(self, options: Mapping[str, Any], extra: Mapping[str, Any]) -> Sampling:
         stop, max_tokens = options["stop"], options["max_tokens"]
         return Sampling(
@@ -404,9 +448,10 @@ class KVMem:
         parsed = self._parse_blend(blend)
 
         def work(listener: Listener, settings: BlendSettings) -> Answer:
-            request = build()
+            with self._worker.turn():
+                request = build()
             listener.planned(request.plan, request.sources)
-            answer, turn = self._runner.answer(request, settings, sampling, listener, known)
+            answer, turn = self._backend.answer(request, settings, sampling, listener, known)
             if toolbox is not None:
                 text, calls = toolbox.read(answer.text)
                 answer = replace(answer, text=text, tool_calls=calls)
@@ -451,16 +496,18 @@ class KVMem:
 
         def work() -> Prefill:
             request = self._requests.for_question(started, question, context, system, self.settings.max_tokens)
-            return self._runner.prefill(request, settings)
+            return self._backend.prefill(request, settings)
 
         return self._worker.run(work)
 
     def _parse_blend(self, blend: BlendSettings | str | Mapping[str, Any] | None) -> BlendSettings:
+        if blend is not None and not isinstance(self.model, LanguageModel):
+            raise InputError(f"{self.model.name} reuses what prompts begin with, and repairs nothing. Leave blend out.")
         return self.settings.blend if blend is None else BlendSettings.parse(blend)
 
     def _resolve(self, parsed: BlendSettings) -> BlendSettings:
         """With a number for "auto", which a check of the model may have to find first."""
-        if parsed.recompute != "auto":
+        if parsed.recompute != "auto" or not isinstance(self.model, LanguageModel):
             return parsed
         from kvmem.check import check, recall  # the check is written with KVMem
 
@@ -477,9 +524,11 @@ class KVMem:
         if self._worker.closed:
             return
         self._worker.close()
-        self._runner.release()
+        self._backend.close()
         if self._owns_store:
             self.store.close()
+        if self._owns_model:
+            self.model.close()
 
     def __enter__(self) -> KVMem:
         return self

@@ -9,6 +9,7 @@
     ├── UnknownThreadError       no conversation of that name (also a LookupError)
     ├── ModelError
     │   └── ModelNotFoundError   no such path, hub id or alias
+    ├── RemoteError              the server that runs the model cannot be reached, or broke off
     ├── StoreError               the store directory cannot be used
     ├── AnswerTimeoutError       no answer within the time given (also a TimeoutError)
     └── ClosedError              the KVMem was closed
@@ -51,6 +52,10 @@ class ModelError(KVMemError):
 
 class ModelNotFoundError(ModelError):
     """There is no model at that path, hub id or alias."""
+
+
+class RemoteError(KVMemError):
+    """The server that runs the model cannot be reached, broke off, or lacks what is needed."""
 
 
 class StoreError(KVMemError):

@@ -199,7 +199,7 @@ class _Streamer(BaseStreamer):
     """Decodes as tokens come. Text that may yet turn out to begin a stop string is held back."""
 
     def __init__(self, model: LanguageModel, stop: tuple[str, ...], emit: Callable[[str], None]) -> None:
-        self._decode = model.tokenizer.decode
+        self._decode, self._began = model.tokenizer.decode, model.begin_answer
         self._stop, self._emit = stop, emit
         self._prompt_is_next = True
         self._sent = 0
@@ -214,6 +214,7 @@ class _Streamer(BaseStreamer):
             return
         if not self.token_ids:
             self.first_token = time.perf_counter()
+            self._began()
         self.token_ids += value.flatten().tolist()
         if not self.stopped:
             self._advance(final=False)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from kvmem.compose import Composer
+from kvmem.backend import Backend
 from kvmem.corpus import Corpus
 from kvmem.document import Document
 from kvmem.entry import EntryKey
 from kvmem.errors import InputError, PromptTooLongError, UnknownDocumentError
 from kvmem.prompt import Span
 from kvmem.request import RequestBuilder
-from kvmem.runner import Runner
 from kvmem.settings import Settings
 from kvmem.stats import DocumentStats, Stats
 from kvmem.store.base import Store
@@ -25,13 +24,12 @@ class Library:
         window: int,
         store: Store,
         corpus: Corpus,
-        composer: Composer,
-        runner: Runner,
+        backend: Backend,
         requests: RequestBuilder,
         settings: Settings,
     ) -> None:
         self._window, self._store, self._corpus, self._settings = window, store, corpus, settings
-        self._composer, self._runner, self._requests = composer, runner, requests
+        self._backend, self._requests = backend, requests
 
     def check(self, document: Document) -> Document:
         """Raise InputError if it is too long."""
@@ -47,7 +45,7 @@ class Library:
         """Keep and read `new`; on failure the corpus is as it was. One that is there unchanged costs nothing."""
         new = self._corpus.split(new)
         old = self._corpus.find(new.id)
-        if old == new and all(self._composer.known(span) for span in self._spans(new)):
+        if old == new and all(self._backend.has_read(span) for span in self._spans(new)):
             return new
         self._corpus.put(new)
         try:
@@ -73,7 +71,7 @@ class Library:
         prefix = self._requests.prefix(None)
         for document in documents:
             spans = self._spans(self._corpus.split(self.check(document)))
-            if not all(self._composer.known(span) for span in spans):
+            if not all(self._backend.has_read(span) for span in spans):
                 self._read_alone(prefix, spans)
 
     def forget_text(self, document: Document) -> None:
@@ -97,7 +95,7 @@ class Library:
     def clear(self) -> None:
         for document in tuple(self._corpus):
             self._corpus.remove(document.id)
-        self._runner.release()
+        self._backend.release()
         self._store.clear(self._settings.namespace)
 
     def stats(self) -> Stats:
@@ -107,7 +105,7 @@ class Library:
 
     def _document_stats(self, document: Document) -> DocumentStats:
         spans = self._spans(document)
-        infos = [info for span in {span.digest: span for span in spans}.values() for info in self._composer.known(span)]
+        infos = [info for span in {span.digest: span for span in spans}.values() for info in self._backend.known(span)]
         size = sum(info.nbytes for info in infos)
         return DocumentStats(document.id, len(spans), sum(map(len, spans)), len(infos), size)
 
@@ -126,7 +124,7 @@ class Library:
             if room < self._settings.max_tokens:
                 break
         else:
-            self._runner.read([*prefix, *corpus], in_place=document.id if anew else None)
+            self._backend.read([*prefix, *corpus], in_place=document.id if anew else None)
             return
         self._read_alone(prefix, self._spans(document))
 
@@ -141,13 +139,13 @@ class Library:
                     "Give smaller chunks, or let kvmem split the text."
                 )
             if run and before + sum(map(len, run)) + len(span) > self._window:
-                self._runner.read([*prefix, *run])
+                self._backend.read([*prefix, *run])
                 run = []
             run.append(span)
-        self._runner.read([*prefix, *run])
+        self._backend.read([*prefix, *run])
 
     def _forget(self, document: Document) -> None:
         used = self._corpus.in_use()
         for span in self._spans(document):
             if span.digest not in used:
-                self._composer.forget(span)
+                self._backend.forget(span)

@@ -21,6 +21,14 @@ ALIASES = {
 }
 
 
+REMOTE = ("vllm://", "vllm+https://")
+
+
+def is_remote(name: str) -> bool:
+    """Whether a model's name is the address of a server."""
+    return name.startswith(REMOTE)
+
+
 def locate(name: str) -> str:
     """The directory or hub id that a model's name stands for; GGUF files are converted first."""
     if name in ALIASES:

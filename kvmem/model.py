@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
@@ -22,20 +22,19 @@ from transformers import (
 )
 
 from kvmem.anatomy import Anatomy, examine, length_dependent_rope
+from kvmem.any_model import AnyModel
 from kvmem.attention import ATTENTION, Step
 from kvmem.cache import BlendedCache, Correction
 from kvmem.entry import FORMAT_VERSION
-from kvmem.errors import InputError, ModelError, ModelNotFoundError, first_line
-from kvmem.locate import locate
+from kvmem.errors import ClosedError, InputError, ModelError, ModelNotFoundError, first_line
+from kvmem.locate import is_remote, locate
 from kvmem.settings import ModelSettings
 
 
-class LanguageModel:
-    """A loaded causal model with its tokenizer.
+class LanguageModel(AnyModel):
+    """A loaded causal model with its tokenizer, in this process.
 
-    hf: the transformers model, unmodified and in eval mode. tokenizer: its tokenizer.
-    name: what it was loaded as. window: the most tokens a prompt and its answer may have together.
-    lock: held by whoever runs the model; several `KVMem` may share one. working: the thread that holds it, or 0.
+    hf: the transformers model, unmodified and in eval mode.
     """
 
     def __init__(
@@ -58,11 +57,8 @@ class LanguageModel:
             )
         self.settings = settings or ModelSettings()
         self.hf: Any = hf.eval()
-        self.tokenizer: Any = tokenizer
-        self.lock = threading.RLock()
-        self.working = 0
-        self._tokenizing = threading.Lock()
-        self.name = name or str(getattr(hf.config, "_name_or_path", "") or type(hf).__name__)
+        super().__init__(tokenizer, name or str(getattr(hf.config, "_name_or_path", "") or type(hf).__name__))
+        self._given_up: Callable[[], bool] | None = None
         configs: list[Any] = [m.config for m in hf.modules() if getattr(m, "config", None) is not None]
         self._configs: dict[int, Any] = {id(config): config for config in configs}
         if self.settings.threads is not None:
@@ -76,6 +72,8 @@ class LanguageModel:
         """
         settings = settings or ModelSettings()
         name = os.fspath(source)
+        if is_remote(name):
+            raise InputError(f"{name!r} runs on a server, and this needs a model in this process. Name a local one.")
         directory = locate(name)
         options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
         if settings.revision is not None:
@@ -156,13 +154,6 @@ class LanguageModel:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
     @cached_property
-    def knows_tools(self) -> bool:
-        """Whether the chat template tells the model what tools there are."""
-        function = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
-        message = [{"role": "user", "content": "?"}]
-        return self.render(message, [{"type": "function", "function": function}]) != self.render(message)
-
-    @cached_property
     def grammar_tokenizer(self) -> Any:
         """The tokenizer as llguidance wants it. Raises InputError."""
         from llguidance.hf import from_tokenizer
@@ -179,39 +170,6 @@ class LanguageModel:
                 f"The tokenizer of {self.name!r} cannot be used for answers in JSON: {first_line(error)}. "
                 "A fast tokenizer of a kind that llguidance knows is needed."
             ) from error
-
-    def tokenize(self, text: str, *, markup: bool) -> tuple[int, ...]:
-        """Token ids of `text` alone. Without `markup`, special tokens written in the text are plain text."""
-        # Fast tokenizers keep `split_special_tokens` as state between calls.
-        with self._tokenizing:
-            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not markup)["input_ids"]
-        return tuple(ids)
-
-    def count_tokens(self, text: str) -> int:
-        return len(self.tokenize(text, markup=False))
-
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
-        """The chat template applied to `messages`, up to where the answer begins."""
-        if not self.tokenizer.chat_template:
-            lines = [m["content"] for m in messages]
-            bos = self.tokenizer.bos_token or ""
-            return bos + "\n\n".join(lines) + "\n\nAnswer:"
-        options = {"tools": [dict(tool) for tool in tools]} if tools else {}
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    [dict(m) for m in messages], tokenize=False, add_generation_prompt=True, **options
-                )
-            )
-        except Exception as error:
-            if messages[0]["role"] != "system" or len(messages) < 2:
-                raise ModelError(
-                    f"The chat template of {self.name!r} rejects these messages: {first_line(error)}. "
-                    "Check their roles and order."
-                ) from error
-            # Templates without a system role (Gemma 2) take the system text at the head of the first turn.
-            merged = messages[0]["content"] + "\n\n" + messages[1]["content"]
-            return self.render([{**messages[1], "content": merged}, *messages[2:]], tools)
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -234,7 +192,25 @@ class LanguageModel:
         return element * sum(group.elements_per_token for group in self.anatomy.groups)
 
     def new_cache(self, capacity: int) -> BlendedCache:
-        return BlendedCache(self.anatomy.groups, capacity, self.dtype, self.device, self.anatomy.recurrent)
+        return BlendedCache(self.anatomy.groups, capacity, self.dtype, self.device, self.anatomy.recurrent, self._poll)
+
+    @contextmanager
+    def giving_up(self, cancelled: Callable[[], bool]) -> Iterator[None]:
+        """While open, and until `begin_answer`, forwards of this thread end between two layers, by a ClosedError, once
+        `cancelled` is true."""
+        self._given_up = cancelled
+        try:
+            yield
+        finally:
+            self._given_up = None
+
+    def begin_answer(self) -> None:
+        """From here on, whoever generates ends the answer after a whole token."""
+        self._given_up = None
+
+    def _poll(self) -> None:
+        if self._given_up is not None and threading.get_ident() == self.working and self._given_up():
+            raise ClosedError("The question was cancelled before its first token. Ask again.")
 
     def step(self, positions: Tensor) -> Step:
         """A forward at `positions` (int64 [m], ascending) of which only the last token's output may be used."""

@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+from kvmem.any_model import AnyModel
 from kvmem.entry import digest_tokens
 from kvmem.errors import InputError, ModelError
-from kvmem.model import LanguageModel
 from kvmem.split import segment
 
 DEFAULT_SYSTEM = "You answer questions about the documents below. Answer briefly, using only what they say."
 Message = Mapping[str, Any]
 # Spans of messages are at least so long: shorter ones save less than they cost to keep.
 SMALLEST_SPAN = 48
+# Prompts that come as token ids are cut into blocks of so many.
+RAW_BLOCK = 128
 _MARK = "\u241f"
 
 
@@ -81,7 +83,7 @@ class Layout:
 class Typesetter:
     """Lays out messages for one model."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: AnyModel) -> None:
         self._model = model
         self._tokenize = lru_cache(4096)(lambda text, markup: model.tokenize(text, markup=markup))
 
@@ -107,9 +109,11 @@ class Typesetter:
             if piece is CONTEXT or piece.document is not None:
                 close()
             if piece is CONTEXT:
+                if self._model.separator:
+                    spans.append(Span(self._model.separator))
                 split_at = len(spans)
             elif piece.document is not None:
-                spans.append(Span(self._tokenize(_standing(piece.text), False), piece.document))
+                spans.append(self.chunk(piece.text, piece.document))
             elif piece.markup:
                 current += self._tokenize(piece.text, True)
             else:
@@ -127,9 +131,20 @@ class Typesetter:
         edge = len(spans) if split_at is None else split_at
         return Layout(tuple(spans[:edge]), tuple(spans[edge:]), tuple(current))
 
+    def lay_out_raw(self, prompt: str | Sequence[int]) -> Layout:
+        """A prompt as it is, without the template: a text, whose special tokens are meant, or token ids."""
+        if not isinstance(prompt, str):
+            parts = [tuple(prompt[i : i + RAW_BLOCK]) for i in range(0, len(prompt), RAW_BLOCK)]
+        else:
+            parts = [self._tokenize(part, True) for part in self._segments(prompt)]
+            begins = tuple(self._model.tokenizer("")["input_ids"])
+            if begins and parts[0][: len(begins)] != begins:
+                parts[0] = begins + parts[0]
+        return Layout((), tuple(Span(part) for part in parts[:-1]), parts[-1])
+
     def chunk(self, text: str, document: str) -> Span:
-        """A chunk of a document as it stands in every prompt: its text and a blank line."""
-        return Span(self._model.tokenize(_standing(text), markup=False), document)
+        """A chunk of a document as it stands in every prompt: its text, a blank line, and what has to part chunks."""
+        return Span((*self._tokenize(_standing(text), False), *self._model.separator), document)
 
     def _segments(self, text: str) -> tuple[str, ...]:
         return segment(text, lambda part: len(self._tokenize(part, False)), SMALLEST_SPAN)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
 from kvmem.answer import Source
-from kvmem.compose import Composer
+from kvmem.any_model import AnyModel
 from kvmem.corpus import Corpus
 from kvmem.document import Chunk, Document, as_document, check_text
 from kvmem.errors import EmptyInputError, InputError
-from kvmem.model import LanguageModel
 from kvmem.plan import Plan, make_plan
 from kvmem.prompt import CONTEXT, DEFAULT_SYSTEM, Layout, Message, Piece, Prompt, Span, Typesetter, as_pieces
 from kvmem.retrieve import Retriever
@@ -34,19 +33,19 @@ class Request:
 
 
 class RequestBuilder:
-    """Builds requests over one corpus."""
+    """Builds requests over one corpus. arrange: as `Backend.arrange`."""
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: AnyModel,
         corpus: Corpus,
         typesetter: Typesetter,
         retriever: Retriever,
-        composer: Composer,
+        arrange: Callable[[Sequence[Span], Sequence[Sequence[Span]]], Sequence[int]],
         settings: Settings,
     ) -> None:
         self._model, self._corpus, self._retriever, self._settings = model, corpus, retriever, settings
-        self._typesetter, self._composer = typesetter, composer
+        self._typesetter, self._arranged = typesetter, arrange
 
     def prefix(self, system: str | None) -> tuple[Span, ...]:
         """What stands before the documents; None is the system prompt of the settings."""
@@ -93,6 +92,22 @@ class RequestBuilder:
         if chunks:
             checked = self._with_context(checked)
         return self._build(started, checked, asked, chunks, answer_tokens, tools)
+
+    def for_raw(self, started: float, prompt: str | Sequence[int], answer_tokens: int) -> Request:
+        """A request to continue a prompt as it is."""
+        if isinstance(prompt, str):
+            check_text(prompt, "The prompt")
+        elif not isinstance(prompt, Sequence):
+            raise InputError(f"The prompt is a {type(prompt).__name__}. Give a text, or token ids.")
+        elif not all(isinstance(token, int) and 0 <= token < self._model.vocabulary for token in prompt):
+            raise InputError(f"The prompt is no list of token ids in [0, {self._model.vocabulary}). Use this model's.")
+        if not prompt:
+            raise EmptyInputError("The prompt is empty. Write something.")
+        layout = self._typesetter.lay_out_raw(prompt)
+        plan = make_plan(
+            prefix=0, chunks=(), query=layout.tokens, answer=answer_tokens, window=self._model.window, scores=tuple
+        )
+        return Request(started, Prompt(layout.after, layout.query), plan, (), time.perf_counter())
 
     def _check_question(self, question: str) -> None:
         if not isinstance(question, str):
@@ -163,7 +178,7 @@ class RequestBuilder:
         for index in chunks:
             groups.setdefault(spans[index].document, []).append(index)
         kept = list(groups.values())
-        order = self._composer.arrange(layout.before, [[spans[i] for i in group] for group in kept])
+        order = self._arranged(layout.before, [[spans[i] for i in group] for group in kept])
         return tuple(index for number in order for index in kept[number])
 
     def _trim(

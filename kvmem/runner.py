@@ -12,7 +12,7 @@ from kvmem.answer import Answer, Prefill, Timings
 from kvmem.batch import generate_together
 from kvmem.blend import count_usage, plan_repair, plan_shared_repair
 from kvmem.compose import Composer, Resident, Stitched
-from kvmem.entry import Context
+from kvmem.entry import Context, EntryInfo
 from kvmem.generate import Sampling, generate
 from kvmem.model import LanguageModel
 from kvmem.prompt import Span
@@ -29,6 +29,22 @@ class Runner:
     def __init__(self, model: LanguageModel, store: Store, composer: Composer) -> None:
         self._model, self._store, self._composer = model, store, composer
         self._resident: Resident | None = None
+
+    def arrange(self, before: Sequence[Span], groups: Sequence[Sequence[Span]]) -> list[int]:
+        """See `Composer.arrange`."""
+        return self._composer.arrange(before, groups)
+
+    def has_read(self, span: Span) -> bool:
+        """Whether there is an entry of these tokens, in whatever context."""
+        return bool(self._composer.known(span))
+
+    def known(self, span: Span) -> list[EntryInfo]:
+        """Every entry of these tokens in this namespace."""
+        return self._composer.known(span)
+
+    def forget(self, span: Span) -> None:
+        """Delete every entry of these tokens in this namespace."""
+        self._composer.forget(span)
 
     def read(self, spans: Sequence[Span], in_place: str | None = None) -> None:
         """Bring `spans` into the store; see `Composer.compose`."""
@@ -48,16 +64,17 @@ class Runner:
         is exact, and what the turn left behind is returned. It is None when the answer was cancelled.
         """
         prompt = request.prompt if branches is None else recut(request.prompt, branches)
-        stitched = self._stitch(prompt.spans, prompt.query, spare=sampling.max_tokens)
-        after_stitch = time.perf_counter()
-        repair = plan_repair(self._model, stitched, prompt.query, blend)
-        first = repair.as_first_forward(self._model, stitched.cache)
-        try:
-            generated = generate(self._model, stitched.cache, prompt.token_ids, sampling, listener, first)
-        except BaseException:
-            # Nothing says that the repair was run: what was approximate still is.
-            self._keep(stitched)
-            raise
+        with self._model.giving_up(listener.cancelled):
+            stitched = self._stitch(prompt.spans, prompt.query, spare=sampling.max_tokens)
+            after_stitch = time.perf_counter()
+            try:
+                repair = plan_repair(self._model, stitched, prompt.query, blend)
+                first = repair.as_first_forward(self._model, stitched.cache)
+                generated = generate(self._model, stitched.cache, prompt.token_ids, sampling, listener, first)
+            except BaseException:
+                # Nothing says that the repair was run: what was approximate still is.
+                self._keep(stitched)
+                raise
         self._keep(stitched, blend, (*prompt.query, *generated.token_ids))
         turn = None
         if branches is not None and generated.finish_reason != "cancelled":
@@ -150,6 +167,9 @@ class Runner:
     def release(self) -> None:
         """Forget the buffer."""
         self._resident = None
+
+    def close(self) -> None:
+        self.release()
 
     def _stitch(
         self, spans: Sequence[Span], query: Sequence[int] = (), spare: int = 0, in_place: str | None = None

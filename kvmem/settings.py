@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from kvmem.errors import InputError
 
@@ -104,6 +104,23 @@ class ModelSettings(_Frozen):
     trust_remote_code: bool = False
 
 
+class RemoteSettings(_Frozen):
+    """How a vLLM server is used, when the model is its address: `vllm://host:port/model`, or `vllm+https://`.
+
+    api_key: the server's, if it wants one. tokenizer: a directory or hub id; None is what the server names as the
+        model's own. retries: how often a call that failed before its first token is repeated, with growing pauses.
+    read_timeout: seconds between two pieces of an answer. parallel: calls under way at a time.
+    separator: a text between chunks, for a server that runs LMCache's blending: its `blend_special_str`.
+    """
+
+    api_key: SecretStr | None = None
+    tokenizer: str | None = None
+    retries: int = Field(default=3, ge=0)
+    read_timeout: float = Field(default=120.0, gt=0)
+    parallel: int = Field(default=32, ge=1)
+    separator: str | None = None
+
+
 class StoreSettings(_Frozen):
     """How much is kept, when the store is given as a directory (or not at all: then in memory only).
 
@@ -134,6 +151,7 @@ class Settings(_Frozen):
     blend: BlendSettings = BlendSettings()
     split: SplitSettings = SplitSettings()
     storage: StoreSettings = StoreSettings()
+    remote: RemoteSettings = RemoteSettings()
     system: str | None = None
     max_tokens: int = Field(default=256, ge=1)
     namespace: str = Field(default="default", min_length=1)
@@ -142,7 +160,8 @@ class Settings(_Frozen):
 
     @classmethod
     def parse(cls, base: Settings | None, overrides: Mapping[str, Any]) -> Settings:
-        """`base` with `overrides` applied; names of `ModelSettings` and `StoreSettings` may be given flat."""
+        """`base` with `overrides` applied; names of `ModelSettings`, `StoreSettings` and `RemoteSettings` may be given
+        flat."""
         base = base or cls()
         fields = base.model_dump()
         for name, value in overrides.items():
@@ -150,6 +169,8 @@ class Settings(_Frozen):
                 fields["model"][name] = value
             elif name in StoreSettings.model_fields:
                 fields["storage"][name] = value
+            elif name in RemoteSettings.model_fields:
+                fields["remote"][name] = value
             elif name == "blend":
                 fields["blend"] = BlendSettings.parse(value).model_dump()
             else:

@@ -105,13 +105,21 @@ class AnswerStream:
     async def wait(self) -> Answer:
         """The whole answer, without blocking the event loop; leaving it closes the stream."""
         try:
-            done, _ = await asyncio.wait([asyncio.wrap_future(self._future)], timeout=self._left())
+            await asyncio.wait([self._watched()], timeout=self._left())
         except asyncio.CancelledError:
             self.close()
             raise
-        for future in done:
-            _ = future.cancelled() or future.exception()  # looked at, or asyncio would complain; `_result` raises it
         return self._result()
+
+    async def ended(self) -> None:
+        """Wait until nothing is done for it any more, whatever came of it; leaving does not close it."""
+        await asyncio.wait([self._watched()])
+
+    def _watched(self) -> asyncio.Future[Answer]:
+        """The work, for an event loop, which complains of exceptions that nobody looked at."""
+        future = asyncio.wrap_future(self._future)
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return future
 
     async def wait_for_sources(self) -> tuple[Source, ...]:
         """`sources`, without blocking the event loop."""

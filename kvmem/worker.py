@@ -1,37 +1,39 @@
-"""Worker: the one thread that an engine's model runs in."""
+"""Worker: the threads that an engine's prompts run in; one for a model in this process."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 from weakref import WeakSet
 
 from kvmem.answer import Answer
+from kvmem.any_model import AnyModel
 from kvmem.errors import ClosedError, InputError
-from kvmem.model import LanguageModel
 from kvmem.stream import AnswerStream, Listener
 
 T = TypeVar("T")
 
 
 class Worker:
-    """Runs one piece of work after the other; engines of one model take turns."""
+    """Runs one piece of work after the other; engines of one model take turns. A model that runs several prompts at a
+    time has several threads, which take turns only where `turn` is open."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: AnyModel) -> None:
         self._model = model
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="kvmem")
+        self._executor = ThreadPoolExecutor(model.parallel, thread_name_prefix="kvmem")
         self._streams: WeakSet[AnswerStream] = WeakSet()
         self.closed = False
 
-    def run(self, work: Callable[[], T]) -> T:
-        """Wait for `work`, and return or raise what it does."""
+    def run(self, work: Callable[[], T], alone: bool = True) -> T:
+        """Wait for `work`, and return or raise what it does. alone: whether all of it is one turn, whatever the model
+        could do at a time."""
         self.check_open()
 
         def turn() -> T:
-            with self._turn():
+            with self.turn() if alone or self._model.parallel == 1 else nullcontext():
                 return work()
 
         return self._executor.submit(turn).result()
@@ -45,7 +47,7 @@ class Worker:
 
         def turn(listener: Listener) -> Answer:
             prepared = prepare()
-            with self._turn():
+            with self.turn() if self._model.parallel == 1 else nullcontext():
                 return work(listener, prepared)
 
         stream = AnswerStream(self._executor, turn, timeout)
@@ -53,13 +55,14 @@ class Worker:
         return stream
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
+    def turn(self) -> Iterator[None]:
+        """While open, no other thread uses the model, or changes what is known of it."""
         with self._model.lock:
-            self._model.working = threading.get_ident()
+            before, self._model.working = self._model.working, threading.get_ident()
             try:
                 yield
             finally:
-                self._model.working = 0
+                self._model.working = before
 
     def check_open(self) -> None:
         """Raise ClosedError, or InputError when called from work that is being done."""

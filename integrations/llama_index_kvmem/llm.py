@@ -196,7 +196,7 @@ class KVMemLLM(FunctionCallingLLM):
         given["max_tokens"] = given.pop("max_new_tokens", None) or given.get("max_tokens") or self.max_new_tokens
         given["tool_choice"] = given.get("tool_choice") or "auto"
         if self.stopping_ids:
-            own = self.engine.model.hf.generation_config.eos_token_id
+            own = self.engine.local_model.hf.generation_config.eos_token_id
             given.setdefault("eos_token_id", [*(own if isinstance(own, list) else [own]), *self.stopping_ids])
         spoken, remembered = without_memories(messages)
         if remembered:

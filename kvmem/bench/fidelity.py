@@ -79,7 +79,7 @@ def _example(
 
 def _full(mem: KVMem, question: str, context: list[str], tokens: int) -> tuple[Tensor, Tensor, list[int]]:
     """The prompt's ids, and the model's own greedy answer with its log-probabilities [answer, vocab]."""
-    model = mem.model
+    model = mem.local_model
     ids = mem.prefill(question, context=context, blend="none").token_ids
     output = model.hf.generate(
         ids[None].to(model.device),

@@ -111,9 +111,9 @@ def _measure(mem: KVMem, job: dict[str, Any]) -> dict[str, Any]:
     usage, timings = answer.usage, answer.timings
     prefill = mem.prefill(job["question"], context=context, blend=blend)
     ids = prefill.token_ids
-    full = min(_full(mem.model, ids) for _ in range(2))
+    full = min(_full(mem.local_model, ids) for _ in range(2))
     again = mem.ask(job["question"], context=context, blend=blend, max_tokens=1)
-    work = usage.token_layers / mem.model.depth / usage.prompt
+    work = usage.token_layers / mem.local_model.depth / usage.prompt
     return {
         "prompt_tokens": usage.prompt,
         "usage": vars(usage),
@@ -124,9 +124,9 @@ def _measure(mem: KVMem, job: dict[str, Any]) -> dict[str, Any]:
         "ratio": timings.first_token / full,
         "ratio_again": again.timings.first_token / full,
         "work": work,
-        "floor": work + _copy_seconds(usage.prompt * mem.model.bytes_per_token) / full,
-        "kernels": _kernel_seconds(mem.model, usage) / full,
-        "decode_ratio": _decode_ratio(mem.model, ids, prefill.cache),
+        "floor": work + _copy_seconds(usage.prompt * mem.local_model.bytes_per_token) / full,
+        "kernels": _kernel_seconds(mem.local_model, usage) / full,
+        "decode_ratio": _decode_ratio(mem.local_model, ids, prefill.cache),
     }
 
 
@@ -144,10 +144,10 @@ def _measure_memory(mem: KVMem, job: dict[str, Any]) -> dict[str, Any]:
     """Private memory that one answer takes at its peak, beside the weights."""
     in_order, blend = WAYS[job["way"]]
     context = job["passages"] if in_order else job["passages"][::-1]
-    weights = sum(p.numel() * p.element_size() for p in mem.model.hf.parameters())
+    weights = sum(p.numel() * p.element_size() for p in mem.local_model.hf.parameters())
     with PeakMemory() as memory:
         answer = mem.ask(job["question"], context=context, blend=blend, max_tokens=1)
-    kv = answer.usage.prompt * mem.model.bytes_per_token
+    kv = answer.usage.prompt * mem.local_model.bytes_per_token
     return {
         "weights": weights,
         "kv": kv,

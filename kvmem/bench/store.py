@@ -122,7 +122,7 @@ def _divergence(mem: KVMem, question: str, context: Sequence[str]) -> float:
     """KL of the next token, from full prefill to the stored KV."""
     prefill = mem.prefill(question, context=context)
     with torch.no_grad():
-        truth = mem.model.hf(prefill.token_ids[None].to(mem.model.device), logits_to_keep=1).logits[0, -1]
+        truth = mem.local_model.hf(prefill.token_ids[None].to(mem.local_model.device), logits_to_keep=1).logits[0, -1]
     expected = truth.float().log_softmax(-1)
     return float((expected.exp() * (expected - prefill.logits.log_softmax(-1))).sum())
 

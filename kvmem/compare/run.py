@@ -134,7 +134,7 @@ class _Case:
             if plan.mode != "whole":
                 raise InputError(
                     f"The {self.k} chunks that RAG would read for question {number}, {question.text[:60]!r}, do not "
-                    f"fit the model's window of {self.mem.model.window} tokens. Give a smaller -k."
+                    f"fit the model's window of {self.mem.local_model.window} tokens. Give a smaller -k."
                 )
 
     def request(self, question: str, context: Sequence[Any] | None = None) -> Request:
@@ -176,7 +176,7 @@ class _Case:
         request = self.request(question, context)
         ids = torch.tensor(request.prompt.token_ids)
         prepared = time.perf_counter() - began
-        found = _generate(self.mem.model, ids, self.max_tokens)
+        found = _generate(self.mem.local_model, ids, self.max_tokens)
         return found | {
             "first_token": prepared + found["first_token"],
             "total": prepared + found["total"],
@@ -187,27 +187,27 @@ class _Case:
         }
 
     def _warm(self, question: str) -> dict[str, Any]:
-        return _of(self.mem.ask(question), self.mem.model.depth)
+        return _of(self.mem.ask(question), self.mem.local_model.depth)
 
     def _restart(self, question: str) -> dict[str, Any]:
         began = time.perf_counter()
-        with KVMem(self.mem.model, self.store, max_tokens=self.max_tokens) as mem:
+        with KVMem(self.mem.local_model, self.store, max_tokens=self.max_tokens) as mem:
             opened = time.perf_counter() - began
-            return _of(mem.ask(question), mem.model.depth, opened)
+            return _of(mem.ask(question), mem.local_model.depth, opened)
 
     def _cached(self, question: str) -> dict[str, Any]:
         began = time.perf_counter()
         chunks = self._chunks(question)
         retrieved = time.perf_counter() - began
-        return _of(self.side.ask(question, context=chunks), self.side.model.depth, retrieved)
+        return _of(self.side.ask(question, context=chunks), self.side.local_model.depth, retrieved)
 
     def _agree(self, read: dict[str, Any], state: Prefill) -> dict[str, float]:
         """How far `state` is from what was read anew, along the answer of that."""
         answer, truth = read["token_ids"], read["log_probs"]
         if state.token_ids.tolist() != read["ids"].tolist():
             # Chunks that were retrieved may stand in another order by now.
-            truth = _read_along(self.mem.model, state.token_ids, answer)
-        return agreement(truth, along(self.mem.model, state, answer))
+            truth = _read_along(self.mem.local_model, state.token_ids, answer)
+        return agreement(truth, along(self.mem.local_model, state, answer))
 
 
 def _texts(sources: Sequence[Source]) -> list[str]:

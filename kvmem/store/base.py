@@ -11,12 +11,14 @@ from kvmem.entry import EntryInfo, EntryKey, KVEntry
 
 @dataclass(frozen=True)
 class StoreStats:
-    """entries, bytes: what is kept now. hits, misses: of `get`; a durable store goes on counting after a restart."""
+    """entries, bytes: what is kept now. hits, misses: of `get`; a durable store goes on counting after a restart.
+    evicted: entries that gave way to others, since the store was opened here, of whatever namespace."""
 
     entries: int
     bytes: int
     hits: int
     misses: int
+    evicted: int = 0
 
     @property
     def hit_rate(self) -> float | None:

@@ -73,6 +73,7 @@ class DiskStore:
         self._verified: dict[str, str] = {}
         self._touched: dict[str, tuple[float, int]] = {}
         self._hits: Counter[str] = Counter()
+        self._evicted = 0
         self._misses: Counter[str] = Counter()
         self._failing = False
         self._lock = threading.Lock()
@@ -158,7 +159,8 @@ class DiskStore:
             names = [namespace] if namespace is not None else [*{*self._hits, *self._misses}]
             hits = counted[0] + sum(self._hits[name] for name in names)
             misses = counted[1] + sum(self._misses[name] for name in names)
-        return StoreStats(rows[0]["n"] if rows else 0, int(rows[0]["b"]) if rows else 0, hits, misses)
+        entries, size = (rows[0]["n"], int(rows[0]["b"])) if rows else (0, 0)
+        return StoreStats(entries, size, hits, misses, self._evicted)
 
     def _counters(self, where: str, value: str) -> tuple[int, int]:
         """Hits and misses that were written down."""
@@ -216,6 +218,7 @@ class DiskStore:
                     return True
                 for digest in victims or ():
                     doomed += self._doom(connection, "digest = ?", digest)
+                    self._evicted += 1
             self._unlink(doomed)
             if victims is None:
                 return False

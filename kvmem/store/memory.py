@@ -51,7 +51,7 @@ class MemoryStore:
         self._hits: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
         self._documents = _Rows()
-        self._clock = 0
+        self._clock = self._evicted = 0
         self._lock = threading.RLock()
 
     @property
@@ -99,6 +99,7 @@ class MemoryStore:
             if not candidates:
                 return False
             self._drop(min(candidates)[2])
+            self._evicted += 1
         return True
 
     def delete(self, key: EntryKey) -> bool:
@@ -151,8 +152,10 @@ class MemoryStore:
         with self._lock:
             entries = len(list(self.keys(namespace)))
             if namespace is None:
-                return StoreStats(entries, self._usage.total(), self._hits.total(), self._misses.total())
-            return StoreStats(entries, self._usage[namespace], self._hits[namespace], self._misses[namespace])
+                counts = self._usage.total(), self._hits.total(), self._misses.total()
+            else:
+                counts = self._usage[namespace], self._hits[namespace], self._misses[namespace]
+            return StoreStats(entries, *counts, self._evicted)
 
     def check(self, fix: bool = False) -> list[Problem]:
         with self._lock:

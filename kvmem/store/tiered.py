@@ -60,7 +60,7 @@ class TieredStore:
 
     def stats(self, namespace: str | None = None) -> StoreStats:
         below, above = self.durable.stats(namespace), self.fast.stats(namespace)
-        return StoreStats(below.entries, below.bytes, above.hits + below.hits, below.misses)
+        return StoreStats(below.entries, below.bytes, above.hits + below.hits, below.misses, below.evicted)
 
     def check(self, fix: bool = False) -> list[Problem]:
         return [*self.fast.check(fix), *self.durable.check(fix)]

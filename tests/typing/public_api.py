@@ -33,7 +33,7 @@ def as_a_caller() -> None:
     assert_type(prefill, Prefill)
     assert_type(prefill.token_ids, torch.Tensor)
     assert_type(mem.stats(), Stats)
-    assert_type(mem.model, LanguageModel)
+    assert_type(mem.local_model, LanguageModel)
     with mem as opened:
         assert_type(opened, KVMem)
 

@@ -1,0 +1,95 @@
+"""AnyModel: what an engine needs to know of a model, wherever that runs."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from kvmem.errors import ModelError, first_line
+
+if TYPE_CHECKING:
+    from kvmem.backend import Backend
+
+
+class AnyModel(ABC):
+    """A tokenizer with its chat template, and the limits of a model. Text may be given from any thread.
+
+    tokenizer: one of transformers. name: what the model was loaded as. parallel: how many prompts it runs at a time.
+    separator: token ids that have to stand around every chunk. lock: held by whoever runs the model, or changes what
+        is known of it; several `KVMem` may share one. working: the thread that holds it, or 0.
+    """
+
+    parallel = 1
+    separator: tuple[int, ...] = ()
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        self.tokenizer: Any = tokenizer
+        self.name = name
+        self.lock = threading.RLock()
+        self.working = 0
+        self._tokenizing = threading.Lock()
+
+    @property
+    @abstractmethod
+    def window(self) -> int:
+        """The most tokens a prompt and its answer may have together."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identifies everything that what is kept of it depends on."""
+
+    def backend(self, namespace: str) -> Backend:
+        """What runs prompts of that namespace elsewhere than in this process."""
+        raise NotImplementedError
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of what it holds; nothing for a model in this process."""
+
+    @cached_property
+    def knows_tools(self) -> bool:
+        """Whether the chat template tells the model what tools there are."""
+        function = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
+        message = [{"role": "user", "content": "?"}]
+        return self.render(message, [{"type": "function", "function": function}]) != self.render(message)
+
+    def tokenize(self, text: str, *, markup: bool) -> tuple[int, ...]:
+        """Token ids of `text` alone. Without `markup`, special tokens written in the text are plain text."""
+        # Fast tokenizers keep `split_special_tokens` as state between calls.
+        with self._tokenizing:
+            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not markup)["input_ids"]
+        return tuple(ids)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Token ids are smaller than this."""
+        return len(self.tokenizer)
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.tokenize(text, markup=False))
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """The chat template applied to `messages`, up to where the answer begins."""
+        if not self.tokenizer.chat_template:
+            lines = [m["content"] for m in messages]
+            bos = self.tokenizer.bos_token or ""
+            return bos + "\n\n".join(lines) + "\n\nAnswer:"
+        options = {"tools": [dict(tool) for tool in tools]} if tools else {}
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [dict(m) for m in messages], tokenize=False, add_generation_prompt=True, **options
+                )
+            )
+        except Exception as error:
+            if messages[0]["role"] != "system" or len(messages) < 2:
+                raise ModelError(
+                    f"The chat template of {self.name!r} rejects these messages: {first_line(error)}. "
+                    "Check their roles and order."
+                ) from error
+            # Templates without a system role (Gemma 2) take the system text at the head of the first turn.
+            merged = messages[0]["content"] + "\n\n" + messages[1]["content"]
+            return self.render([{**messages[1], "content": merged}, *messages[2:]], tools)

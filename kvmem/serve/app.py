@@ -1,0 +1,240 @@
+"""The routes: OpenAI's chats, completions and models; documents; health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+
+from kvmem.any_model import AnyModel
+from kvmem.document import as_document
+from kvmem.engine import KVMem
+from kvmem.serve.faults import FaultBody, install, told
+from kvmem.serve.gate import Gate
+from kvmem.serve.guard import Guard
+from kvmem.serve.job import Desk, Events, Job, while_connected
+from kvmem.serve.metrics import Metrics
+from kvmem.serve.reply import Kind, Reply, describe, event
+from kvmem.serve.settings import ServeSettings
+from kvmem.serve.tenants import Tenants
+from kvmem.serve.wire import ChatRequest, CompletionRequest, DocumentRequest
+from kvmem.settings import Settings
+from kvmem.store.base import Store
+from kvmem.stream import AnswerStream
+
+_FAULTS: dict[int | str, dict[str, Any]] = {
+    status: {"model": FaultBody, "description": what}
+    for status, what in {
+        400: "The request cannot be used.",
+        401: "An API key is needed.",
+        403: "Another namespace, or host.",
+        404: "There is no such model, document or conversation.",
+        408: "The request did not arrive in time.",
+        413: "The request is too large.",
+        429: "Too many requests wait.",
+        500: "Something went wrong.",
+        502: "The server behind this one does not answer.",
+        503: "The server is closing.",
+        504: "There was no answer in time.",
+    }.items()
+}
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer, or its events.", "content": {"text/event-stream": {}, "application/json": {}}}
+}
+_Namespace = Query(default=None, min_length=1, max_length=200, description="Whose documents these are.")
+
+
+def create_app(
+    model: AnyModel, store: Store, settings: Settings | None = None, limits: ServeSettings | None = None
+) -> FastAPI:
+    """An application that serves `model` over `store`; both stay the caller's, to be closed after it."""
+    limits = limits or ServeSettings()
+    settings = settings or Settings()
+    gate = Gate(model.parallel, limits.queue, limits.share)
+    desk = Desk(Tenants(model, store, settings, limits.engines), gate, Metrics(store, gate), limits)
+    server = _Server(desk, model, settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(desk.tenants.close)
+
+    app = FastAPI(title="kvmem", description="A model that has read your documents.", lifespan=lifespan)
+    install(app)
+    app.include_router(server.router())
+    app.add_middleware(Guard, settings=limits, metrics=desk.metrics)
+    return app
+
+
+class _Server:
+    """The handlers of the routes."""
+
+    def __init__(self, desk: Desk, model: AnyModel, settings: Settings) -> None:
+        self._desk, self._model, self._settings = desk, model, settings
+
+    def router(self) -> APIRouter:
+        router = APIRouter(responses=_FAULTS)
+        router.get("/health")(self.health)
+        router.get("/metrics", response_class=PlainTextResponse)(self.metrics)
+        router.get("/v1/models")(self.models)
+        router.get("/v1/models/{name:path}")(self.one_model)
+        router.post("/v1/chat/completions", responses=_STREAMED)(self.chat)
+        router.post("/v1/completions", responses=_STREAMED)(self.complete)
+        router.post("/v1/documents", status_code=201)(self.add_document)
+        router.get("/v1/documents")(self.list_documents)
+        router.get("/v1/documents/{id:path}")(self.get_document)
+        router.delete("/v1/documents/{id:path}")(self.remove_document)
+        return router
+
+    async def health(self) -> dict[str, Any]:
+        """Whether requests are taken."""
+        return {"status": "ok", "running": self._desk.gate.running, "waiting": self._desk.gate.waiting}
+
+    async def metrics(self) -> Response:
+        """Counters, for Prometheus."""
+        text = await asyncio.to_thread(self._desk.metrics.text)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def models(self) -> dict[str, Any]:
+        """The model that is served."""
+        return {"object": "list", "data": [self._card()]}
+
+    async def one_model(self, name: str) -> dict[str, Any]:
+        """The model, by its name."""
+        self._check_model(name)
+        return self._card()
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        """Continue a conversation."""
+        self._check_model(body.model)
+        namespace = self._namespace(request, body.kvmem.namespace)
+        messages = [message.plain() for message in body.messages]
+        options = body.options(self._desk.settings.max_tokens)
+
+        def start(mem: KVMem, seconds: float) -> AnswerStream:
+            return mem.stream_chat(messages, context=body.kvmem.texts(mem), timeout=seconds, **options)
+
+        return await self._reply(request, "chat.completion", namespace, start, body, held=options["tools"] is not None)
+
+    async def complete(self, body: CompletionRequest, request: Request) -> Response:
+        """Continue a text, which is the model's whole prompt."""
+        self._check_model(body.model)
+        namespace = self._namespace(request, body.kvmem.namespace)
+        prompt, options = body.one_prompt(), body.sampling(self._desk.settings.max_tokens)
+
+        def start(mem: KVMem, seconds: float) -> AnswerStream:
+            return mem.stream_complete(prompt, blend=body.kvmem.blend, timeout=seconds, **options)
+
+        return await self._reply(request, "text_completion", namespace, start, body, held=False)
+
+    async def _reply(
+        self,
+        request: Request,
+        kind: Kind,
+        namespace: str,
+        start: Callable[[KVMem, float], AnswerStream],
+        body: ChatRequest | CompletionRequest,
+        held: bool,
+    ) -> Response:
+        reply = Reply(kind, self._model.name, self._model.fingerprint)
+
+        async def begin() -> Job:
+            job = await self._desk.begin(namespace, start)
+            try:
+                # What goes wrong before the first token has a status of its own, also for who wants events.
+                await job.begin()
+            except BaseException:
+                job.close()
+                raise
+            return job
+
+        async def whole() -> Response:
+            job = await self._desk.begin(namespace, start)
+            try:
+                return JSONResponse(reply.whole(await job.answer()))
+            finally:
+                job.close()
+
+        if not body.stream:
+            answered: Response = await while_connected(request, whole())
+            return answered
+        job: Job = await while_connected(request, begin())
+        return Events(job, _events(job, reply, body.wants_usage, held))
+
+    async def add_document(self, body: DocumentRequest, request: Request) -> dict[str, Any]:
+        """Read a text, once; one of the same id is replaced, and only what changed is read."""
+        namespace = self._namespace(request, body.namespace)
+        document = as_document(body.text, body.id, body.metadata)
+        return describe(await self._desk.work(namespace, lambda mem: mem.add(document)))
+
+    async def list_documents(self, request: Request, namespace: str | None = _Namespace) -> dict[str, Any]:
+        """All documents, in the order they were added."""
+        found = await self._look(self._namespace(request, namespace), lambda mem: mem.list())
+        return {"object": "list", "data": [describe(document) for document in found]}
+
+    async def get_document(self, id: str, request: Request, namespace: str | None = _Namespace) -> dict[str, Any]:  # noqa: A002
+        """A document, with its text."""
+        return describe(await self._look(self._namespace(request, namespace), lambda mem: mem.get(id)), text=True)
+
+    async def remove_document(self, id: str, request: Request, namespace: str | None = _Namespace) -> dict[str, Any]:  # noqa: A002
+        """Remove a document and every cache of text that no other document has."""
+        await self._desk.work(self._namespace(request, namespace), lambda mem: mem.remove(id))
+        return {"object": "document", "id": id, "deleted": True}
+
+    async def _look(self, namespace: str, look: Callable[[KVMem], Any]) -> Any:
+        """What needs no turn."""
+
+        def work() -> Any:
+            mem = self._desk.tenants.take(namespace)
+            try:
+                return look(mem)
+            finally:
+                self._desk.tenants.give_back(namespace)
+
+        return await asyncio.to_thread(work)
+
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self._model.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "kvmem",
+            "max_model_len": self._model.window,
+        }
+
+    def _check_model(self, name: str) -> None:
+        if name != self._model.name:
+            message = f"There is no model {name[:200]!r} here. This server has {self._model.name!r}."
+            raise HTTPException(404, message)
+
+    def _namespace(self, request: Request, wanted: str | None) -> str:
+        own: str | None = request.state.namespace
+        if own is not None and wanted not in (None, own):
+            raise HTTPException(403, "This API key opens another namespace. Leave namespace out.")
+        return own or wanted or self._settings.namespace
+
+
+async def _events(job: Job, reply: Reply, with_usage: bool, held: bool) -> AsyncIterator[str]:
+    """The answer as events. held: whether its text is kept until its end, when it is known what is a call."""
+    try:
+        if reply.kind == "chat.completion":
+            yield event(reply.role())
+        async for piece in job.pieces():
+            if not held:
+                yield event(reply.piece(piece))
+        answer = await job.answer()
+        if held and answer.text:
+            yield event(reply.piece(answer.text))
+        if answer.tool_calls:
+            yield event(reply.calls(answer))
+        yield event(reply.end(answer))
+        if with_usage:
+            yield event(reply.usage(answer))
+        yield event("[DONE]")
+    except Exception as error:
+        yield event(told(error)[1])

@@ -1,0 +1,89 @@
+"""Metrics: what a server counts, for Prometheus. No label names a tenant, a document or a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from kvmem.answer import Answer
+from kvmem.plan import Plan
+from kvmem.serve.gate import Gate
+from kvmem.store.base import Store
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0)
+
+
+class Metrics:
+    """Counters of one server."""
+
+    def __init__(self, store: Store, gate: Gate) -> None:
+        registry = self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "kvmem_requests", "Requests answered, by route and HTTP status.", ["route", "status"], registry=registry
+        )
+        self._tokens = Counter(
+            "kvmem_tokens", "Tokens of prompts by what was done for them, and of answers.", ["kind"], registry=registry
+        )
+        self._fallbacks = Counter(
+            "kvmem_fallbacks", "Prompts that lack something that was asked for.", ["reason"], registry=registry
+        )
+        self._cancelled = Counter("kvmem_cancelled", "Answers nobody waited for any more.", registry=registry)
+        self._first_token = Histogram(
+            "kvmem_first_token_seconds",
+            "From a turn to its first token.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._queue_seconds = Histogram(
+            "kvmem_queue_seconds", "From a request's arrival to its turn.", buckets=_SECONDS, registry=registry
+        )
+        Gauge("kvmem_queue_length", "Requests that wait.", registry=registry).set_function(lambda: gate.waiting)
+        Gauge("kvmem_running", "Requests being answered.", registry=registry).set_function(lambda: gate.running)
+        registry.register(_StoreCollector(store))
+
+    def request(self, route: str, status: int) -> None:
+        self._requests.labels(route, str(status)).inc()
+
+    def waited(self, seconds: float) -> None:
+        self._queue_seconds.observe(seconds)
+
+    def cancelled(self) -> None:
+        self._cancelled.inc()
+
+    def answered(self, answer: Answer, blendable: bool) -> None:
+        usage = answer.usage
+        for kind in ("exact", "reused", "recomputed", "computed", "generated"):
+            self._tokens.labels(kind).inc(getattr(usage, kind))
+        self._first_token.observe(answer.timings.first_token)
+        for reason in _fallbacks(answer.plan, blendable):
+            self._fallbacks.labels(reason).inc()
+
+    def text(self) -> bytes:
+        """In Prometheus' exposition format."""
+        return generate_latest(self._registry)
+
+
+def _fallbacks(plan: Plan, blendable: bool) -> Iterator[str]:
+    if plan.mode != "whole":
+        yield "retrieval"
+    if plan.dropped:
+        yield "history_dropped"
+    if not blendable:
+        yield "prefix_only"
+
+
+class _StoreCollector:
+    """Looks at the store when it is asked."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._store.stats()
+        yield GaugeMetricFamily("kvmem_store_entries", "Entries kept.", value=stats.entries)
+        yield GaugeMetricFamily("kvmem_store_bytes", "Bytes of KV kept.", value=stats.bytes)
+        yield CounterMetricFamily("kvmem_store_hits", "Entries found.", value=stats.hits)
+        yield CounterMetricFamily("kvmem_store_misses", "Entries not found.", value=stats.misses)
+        yield CounterMetricFamily("kvmem_store_evictions", "Entries evicted by this process.", value=stats.evicted)

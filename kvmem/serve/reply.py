@@ -1,0 +1,132 @@
+"""What clients get: answers in the shapes of OpenAI's API."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+from uuid import uuid4
+
+from kvmem.answer import Answer
+from kvmem.document import Document
+
+Kind = Literal["chat.completion", "text_completion"]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The replies to one request, which share an id, a time and a model."""
+
+    kind: Kind
+    model: str
+    fingerprint: str
+    id: str = field(default_factory=lambda: f"cmpl-{uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        """The answer in one piece."""
+        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish_reason(answer)}
+        if self.kind == "chat.completion":
+            choice["message"] = {"role": "assistant", "content": answer.text or None, "refusal": None}
+            if answer.tool_calls:
+                choice["message"]["tool_calls"] = tool_calls(answer)
+        else:
+            choice["text"] = answer.text
+        return {**self._head(self.kind), "choices": [choice], "usage": usage(answer), "kvmem": account(answer)}
+
+    def role(self) -> dict[str, Any]:
+        """The first event of a chat."""
+        return self._event({"role": "assistant", "content": ""})
+
+    def piece(self, text: str) -> dict[str, Any]:
+        return self._event({"content": text})
+
+    def calls(self, answer: Answer) -> dict[str, Any]:
+        return self._event({"tool_calls": [{"index": i, **call} for i, call in enumerate(tool_calls(answer))]})
+
+    def end(self, answer: Answer) -> dict[str, Any]:
+        return {**self._event({}, finish_reason(answer)), "kvmem": account(answer)}
+
+    def usage(self, answer: Answer) -> dict[str, Any]:
+        """The last event, for those who asked for it."""
+        return {**self._head(self._object), "choices": [], "usage": usage(answer)}
+
+    @property
+    def _object(self) -> str:
+        return "chat.completion.chunk" if self.kind == "chat.completion" else "text_completion"
+
+    def _head(self, what: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": what,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+
+    def _event(self, delta: Mapping[str, Any], reason: str | None = None) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": reason}
+        if self.kind == "chat.completion":
+            choice["delta"] = delta
+        else:
+            choice["text"] = delta.get("content", "")
+        return {**self._head(self._object), "choices": [choice]}
+
+
+def event(data: Mapping[str, Any] | str) -> str:
+    """One server-sent event."""
+    return f"data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+def finish_reason(answer: Answer) -> str:
+    if answer.tool_calls:
+        return "tool_calls"
+    return "length" if answer.finish_reason == "length" else "stop"
+
+
+def tool_calls(answer: Answer) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": call.id,
+            "type": "function",
+            "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
+        }
+        for call in answer.tool_calls
+    ]
+
+
+def usage(answer: Answer) -> dict[str, Any]:
+    """Cached are tokens that were reused and not computed again."""
+    used = answer.usage
+    return {
+        "prompt_tokens": used.prompt,
+        "completion_tokens": used.generated,
+        "total_tokens": used.prompt + used.generated,
+        "prompt_tokens_details": {"cached_tokens": used.exact + used.reused},
+    }
+
+
+def account(answer: Answer) -> dict[str, Any]:
+    """What OpenAI's shapes have no place for: tokens by class, the plan, sources, seconds."""
+    return {
+        "usage": asdict(answer.usage),
+        "plan": {"mode": answer.plan.mode, "reason": answer.plan.reason, "dropped": answer.plan.dropped},
+        "sources": [
+            {"document": source.document_id, "chunk": source.index, "score": source.score} for source in answer.sources
+        ],
+        "seconds": asdict(answer.timings),
+    }
+
+
+def describe(document: Document, text: bool = False) -> dict[str, Any]:
+    """A document, as the API shows it."""
+    found = {
+        "object": "document",
+        "id": document.id,
+        "characters": len(document.text),
+        "chunks": len(document.chunks),
+        "metadata": dict(document.metadata),
+    }
+    return {**found, "text": document.text} if text else found

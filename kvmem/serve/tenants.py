@@ -1,0 +1,52 @@
+"""Tenants: an engine for each namespace, over one model and one store."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+
+from kvmem.any_model import AnyModel
+from kvmem.engine import KVMem
+from kvmem.settings import Settings
+from kvmem.store.base import Store
+
+
+class Tenants:
+    """Opens engines when they are asked for; of those that nobody uses, the ones used last stay open."""
+
+    def __init__(self, model: AnyModel, store: Store, settings: Settings, limit: int) -> None:
+        self._model, self._store, self._settings, self._limit = model, store, settings, limit
+        self._open: OrderedDict[str, KVMem] = OrderedDict()
+        self._users: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def take(self, namespace: str) -> KVMem:
+        """The namespace's engine, which stays open until it is given back. Raises KVMemError."""
+        with self._lock:
+            if namespace not in self._open:
+                settings = self._settings.model_copy(update={"namespace": namespace})
+                self._open[namespace] = KVMem(self._model, self._store, settings=settings)
+            self._open.move_to_end(namespace)
+            self._users[namespace] += 1
+            self._close_idle()
+            return self._open[namespace]
+
+    def give_back(self, namespace: str) -> None:
+        with self._lock:
+            self._users[namespace] -= 1
+            if not self._users[namespace]:
+                del self._users[namespace]
+            self._close_idle()
+
+    def _close_idle(self) -> None:
+        for namespace in [name for name in self._open if not self._users[name]]:
+            if len(self._open) <= self._limit:
+                return
+            self._open.pop(namespace).close()
+
+    def close(self) -> None:
+        """Cancel what runs."""
+        with self._lock:
+            for mem in self._open.values():
+                mem.close()
+            self._open.clear()

@@ -1,0 +1,147 @@
+"""VLLMModel: a model that a vLLM server runs, and its tokenizer here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from kvmem.any_model import AnyModel
+from kvmem.errors import ModelError, ModelNotFoundError, RemoteError, first_line
+from kvmem.settings import RemoteSettings
+from kvmem.vllm.server import VLLMServer
+
+if TYPE_CHECKING:
+    from kvmem.vllm.backend import VLLMBackend
+
+# The first that knows `cache_salt`, without which namespaces would share what they cached.
+_OLDEST = (0, 9)
+_PROBE = "One text, <|im_start|>user\n1 234 <s></s> Größe\n\n"
+
+
+class VLLMModel(AnyModel):
+    """A model of a vLLM server. Prompts are made here, as token ids; keys and values stay there.
+
+    server: the connection. block_size: in how many tokens at a time the server reuses what it has read.
+    """
+
+    def __init__(
+        self, server: VLLMServer, tokenizer: PreTrainedTokenizerBase, window: int, settings: RemoteSettings
+    ) -> None:
+        super().__init__(tokenizer, f"{server.address.replace('http', 'vllm', 1)}/{server.model}")
+        self.server, self._window = server, window
+        self.block_size = 1
+        self.parallel = settings.parallel
+        if settings.separator is not None:
+            self.separator = self.tokenize(settings.separator, markup=False)
+
+    @classmethod
+    def connect(cls, url: str, settings: RemoteSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> VLLMModel:
+        """Find the model, and make sure that the server can do what is needed.
+
+        Raises InputError, RemoteError when it cannot be reached or lacks something, ModelNotFoundError, ModelError.
+        """
+        server = VLLMServer(url, settings)
+        try:
+            version = _version(server)
+            card = _find(server, server.run(server.get("/v1/models")))
+            server.model = card["id"]
+            own = settings.tokenizer or card.get("root") or card["id"]
+            model = cls(server, tokenizer or _load_tokenizer(own), int(card.get("max_model_len") or 0), settings)
+            model._check(version)
+        except BaseException:
+            server.close()
+            raise
+        return model
+
+    @property
+    def window(self) -> int:
+        return self._window
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies what token ids mean to the model; what they were read as is the server's."""
+        vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        parts = [self.name, vocabulary, str(self.tokenizer.chat_template)]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+    def backend(self, namespace: str) -> VLLMBackend:
+        from kvmem.vllm.backend import VLLMBackend
+
+        return VLLMBackend(self, namespace)
+
+    def close(self) -> None:
+        self.server.close()
+
+    def _check(self, version: str) -> None:
+        server = self.server
+        if not self._window:
+            raise RemoteError(f"{server.address} does not say how long a prompt may be. Is it a vLLM server?")
+        there, here = server.run(server.tokenize(_PROBE)), self.tokenize(_PROBE, markup=True)
+        if tuple(there) != here:
+            raise ModelError(
+                f"The tokenizer here is not that of {server.model!r} at {server.address}. "
+                "Name the model's own: tokenizer='directory or hub id'."
+            )
+        self.block_size = server.run(server.block_size())
+        if not self._reports_reuse():
+            raise RemoteError(
+                f"{server.address} (vLLM {version}) does not say what it reuses. Start it with "
+                "--enable-prompt-tokens-details, and without --no-enable-prefix-caching."
+            )
+
+    def _reports_reuse(self) -> bool:
+        """Whether a prompt that was read twice is said to have been."""
+        count = min(2 * self.block_size + 1, self._window - 1)
+        ids = self.tokenize(_PROBE * (1 + count // 8), markup=False)[:count]
+        options, extra = {"max_tokens": 1, "temperature": 0.0}, {"cache_salt": uuid.uuid4().hex}
+
+        async def twice() -> Sequence[Any]:
+            return [await self.server.complete(ids, options, extra, lambda _: None, lambda: False) for _ in range(2)]
+
+        return bool(self.server.run(twice())[-1].cached)
+
+
+def _version(server: VLLMServer) -> str:
+    """The server's version. Raises RemoteError when it is too old, or no vLLM."""
+    try:
+        found = str(server.run(server.get("/version"))["version"])
+    except (ModelNotFoundError, TypeError, KeyError):
+        raise RemoteError(
+            f"{server.address} is no vLLM server: it does not tell a version. For other servers use their own clients."
+        ) from None
+    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
+    if numbers < _OLDEST:
+        raise RemoteError(
+            f"{server.address} runs vLLM {found}, which cannot keep namespaces apart (cache_salt). "
+            f"Upgrade it to {'.'.join(map(str, _OLDEST))} or later."
+        )
+    return found
+
+
+def _find(server: VLLMServer, models: Any) -> dict[str, Any]:
+    cards: list[dict[str, Any]] = models.get("data", []) if isinstance(models, dict) else []
+    names = [card["id"] for card in cards]
+    if not server.model and len(cards) == 1:
+        return cards[0]
+    for card in cards:
+        if card["id"] == server.model:
+            return card
+    raise ModelNotFoundError(
+        f"{server.address} serves {', '.join(map(repr, names)) or 'nothing'}, not {server.model!r}. "
+        f"Give vllm://host:port/{names[0] if names else 'model'}."
+    )
+
+
+def _load_tokenizer(name: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"The tokenizer {name!r} that the server names is not here: {first_line(error)}. "
+            "Give tokenizer='directory or hub id' of the same model."
+        ) from error
