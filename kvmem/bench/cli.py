@@ -160,6 +160,26 @@ def bench_store(
             out.print(part)
 
 
+@bench.command("serve")
+def bench_serve(
+    model: Model = "smollm2",
+    seconds: Annotated[float, typer.Option(min=1, help="How long the crowd asks.")] = 60.0,
+    clients: Annotated[int, typer.Option(min=1)] = 16,
+    leaving: Annotated[int, typer.Option(min=1, help="Clients that leave early.")] = 50,
+    threads: Threads = None,
+    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
+) -> None:
+    """A server in another process: a coding agent, a crowd, clients that leave, and more than may wait."""
+    with errors():
+        from kvmem.bench import serve as benchmark
+        from kvmem.bench.common import write_json
+
+        loaded = LanguageModel.load(model, ModelSettings(threads=threads))
+        result = benchmark.run(loaded, model, seconds=seconds, clients=clients, leaving=leaving)
+        write_json(output / f"serve-{Path(model).stem}.json", result)
+        out.print(benchmark.table(result))
+
+
 @bench.command()
 def report(
     results: Annotated[Path, typer.Argument(help="A directory of JSON results.")] = Path("docs/benchmarks"),

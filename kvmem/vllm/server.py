@@ -71,8 +71,10 @@ class VLLMServer:
             return
         with suppress(Exception):
             self.run(self._client.close())
+            self.run(self._loop.shutdown_asyncgens())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
 
     async def get(self, path: str) -> Any:
         """What stands at a path: JSON, or text. Raises RemoteError."""

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_vllm import FakeVLLM
+from langchain_core.documents import Document as LangChainDocument
+from llama_index.core import Document as LlamaIndexDocument
+from serving import running
+
+from kvmem import (
+    InputError,
+    KVMem,
+    LanguageModel,
+    Memory,
+    ModelError,
+    ModelNotFoundError,
+    PromptTooLongError,
+    RemoteError,
+)
+from langchain_kvmem import CachedContextChain, ChatKVMem
+from llama_index_kvmem import KVMemQueryEngine
+
+pytestmark = [pytest.mark.enable_socket]
+
+FERRY = "The night ferry leaves Port Ellery at ten past nine and reaches Saint Orrin at dawn, in any weather. "
+SPLIT = {"minimum": 20, "maximum": 80}
+
+
+@pytest.fixture
+def server(saved_model: str) -> FakeVLLM:
+    return FakeVLLM(saved_model)
+
+
+@pytest.fixture
+def url(server: FakeVLLM) -> Iterator[str]:
+    with running(server.app()) as address:
+        yield address.replace("http", "vllm") + "/m"
+
+
+@pytest.fixture
+def mem(url: str, tmp_path: Path) -> Iterator[KVMem]:
+    with KVMem(url, tmp_path / "kv", split=SPLIT, max_tokens=6) as opened:
+        yield opened
+
+
+def test_a_question_is_answered_from_documents_by_the_server(mem: KVMem, server: FakeVLLM) -> None:
+    """The prompt goes out as the token ids that a model in this process would get; what is cached there is told."""
+    mem.add(FERRY * 3, id="ferry")
+    first = mem.ask("When does it leave?")
+    again = mem.ask("When does it leave, then?")
+    assert (first.text, first.finish_reason) == ("abcdef", "length")
+    sent = server.prompts[-1]
+    text = mem.model.tokenizer.decode(sent["prompt"])
+    assert "The night ferry leaves Port Ellery at ten past nine" in text
+    assert text.endswith("<|im_start|>assistant\n")
+    assert sent["cache_salt"] == "default"
+    assert (sent["temperature"], sent["top_k"], sent["repetition_penalty"]) == (0.0, 0, 1.0)
+    assert again.usage.prompt == len(sent["prompt"])
+    assert again.usage.exact % server.block == 0
+    assert again.usage.exact > 0.5 * again.usage.prompt
+    assert (again.usage.reused, again.usage.recomputed, again.usage.generated) == (0, 0, 6)
+    assert 0 < again.timings.first_token <= again.timings.total
+
+
+def test_namespaces_share_nothing(url: str, server: FakeVLLM) -> None:
+    """The salt is the namespace, so that nobody can tell by the time what others asked."""
+    with KVMem(url, namespace="a", max_tokens=2) as a, KVMem(url, namespace="b", max_tokens=2) as b:
+        prompt = [{"role": "user", "content": FERRY * 5}]
+        a.chat(prompt)
+        assert a.chat(prompt).usage.exact > 100
+        assert b.chat(prompt).usage.exact == 0
+    assert {p["cache_salt"] for p in server.prompts[-3:]} == {"a", "b"}
+
+
+def test_documents_conversations_and_memories_survive_here(url: str, tmp_path: Path, server: FakeVLLM) -> None:
+    """They are kept in the store, whatever the server forgets; a thread goes on from the tokens that were said."""
+    with KVMem(url, tmp_path / "kv", max_tokens=30) as mem:
+        mem.add(FERRY, id="ferry")
+        Memory(mem).remember("Anna drinks tea.", id="tea")
+        mem.chat([{"role": "user", "content": "Hello"}], thread="t")
+        before = server.prompts[-1]["prompt"]
+    with KVMem(url, tmp_path / "kv", max_tokens=30) as mem:
+        assert [document.id for document in mem.list()] == ["ferry"]
+        assert Memory(mem).get("tea").text == "Anna drinks tea."
+        mem.chat([*mem.history("t"), {"role": "user", "content": "Go on"}], thread="t")
+        assert server.prompts[-1]["prompt"][: len(before)] == before
+        mem.remove("ferry")
+        mem.forget_thread("t")
+        assert mem.forget_user() == 0
+        assert list(mem.store.documents) == []
+
+
+def test_chunks_stand_as_they_stood_before(url: str, server: FakeVLLM) -> None:
+    """When not all fits, the prompt begins like an earlier one for as many blocks as it can."""
+    with KVMem(url, context_tokens=300, max_tokens=2, split=SPLIT) as mem:
+        names = ["alder", "birch", "cedar", "elm"]
+        for name in names:
+            mem.add(f"The {name} is a tree. " + f"{name} " * 12, id=name)
+        first = mem.ask("Tell me about cedar and birch and elm")
+        again = mem.ask("And about birch or elm, alder?")
+        shared = mem.ask("Elm birch cedar")
+        assert first.plan.mode != "whole"
+        assert [s.document_id for s in shared.sources] == [s.document_id for s in first.sources]
+        assert shared.usage.exact > 100
+        assert again.usage.exact >= server.block
+
+
+def test_streams_come_as_the_server_sends_them(mem: KVMem, server: FakeVLLM) -> None:
+    """Piece by piece; stop strings, sampling and more arguments are the server's to follow."""
+    server.pause = 0.01
+    pieces = list(mem.stream("x", context=["y"], stop="d", temperature=0.5, top_p=0.9, seed=3, min_tokens=2))
+    assert pieces == ["a", "b", "c"]
+    sent = server.prompts[-1]
+    assert [sent[name] for name in ("temperature", "top_p", "seed", "stop", "min_tokens")] == [0.5, 0.9, 3, ["d"], 2]
+
+
+async def test_answers_are_made_at_the_same_time(mem: KVMem, server: FakeVLLM) -> None:
+    """A server takes many prompts at once, from threads, event loops and batches."""
+    server.pause = 0.05
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: mem.ask(f"Question {n}", context=["y"]), range(8)))
+    assert server.most >= 4
+    server.most = 0
+    answers = mem.batch([f"Question {n}" for n in range(5)], context=["y"])
+    assert [answer.text for answer in answers] == ["abcdef"] * 5
+    assert server.most == 4
+
+
+def test_who_leaves_ends_the_work_there(mem: KVMem, server: FakeVLLM) -> None:
+    """Closing a stream closes its connection, before the first token too, and time-outs do the same."""
+    server.pause = 0.05
+    with mem.stream("x", context=["y"], max_tokens=200) as stream:
+        next(stream)
+    assert stream.answer.finish_reason == "cancelled"
+    server.pause = 30
+    waiting = mem.stream("x", context=["y"])
+    time.sleep(0.2)
+    waiting.close()
+    with pytest.raises(TimeoutError):
+        mem.ask("x", context=["y"], timeout=0.3)
+    deadline = time.monotonic() + 5
+    while server.aborted < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (server.aborted, server.running) == (3, 0)
+
+
+def test_a_broken_answer_is_told_and_the_next_one_comes(mem: KVMem, server: FakeVLLM) -> None:
+    """Nothing is repeated once a token was shown; before that it is, with pauses."""
+    server.breaks_after = 2
+    with pytest.raises(RemoteError, match="broke off"):
+        mem.ask("x", context=["y"])
+    server.breaks_after = None
+    assert mem.ask("x", context=["y"]).text == "abcdef"
+    server.fails = [503, 429]
+    assert mem.ask("x", context=["y"]).text == "abcdef"
+    server.fails = [500] * 9
+    with pytest.raises(RemoteError, match="failed"):
+        mem.ask("x", context=["y"])
+
+
+def test_what_a_server_cannot_do_is_said(mem: KVMem) -> None:
+    """Repair, tensors, and benchmarks that need the model here."""
+    with pytest.raises(InputError, match="repairs nothing"):
+        mem.ask("x", context=["y"], blend="query")
+    with pytest.raises(InputError, match="keeps its tensors"):
+        mem.prefill("x", context=["y"])
+    with pytest.raises(InputError, match="runs on a server"):
+        _ = mem.local_model
+    with pytest.raises(InputError, match="runs on a server"):
+        LanguageModel.load("vllm://host:1/m")
+    with pytest.raises(PromptTooLongError):
+        mem.ask("word " * 5000, context=["y"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "said"),
+    [
+        ({"version": "0.8.5"}, RemoteError, "cache_salt"),
+        ({"reports": False}, RemoteError, "--enable-prompt-tokens-details"),
+        ({"window": 0}, RemoteError, "how long a prompt may be"),
+        ({"shift": 1}, ModelError, "tokenizer here is not that"),
+        ({"root": "/no/where"}, ModelNotFoundError, "tokenizer '/no/where'"),
+        ({"key": "k"}, RemoteError, "API key"),
+    ],
+)
+def test_a_server_that_lacks_something_is_refused(
+    saved_model: str, wrong: dict[str, Any], error: Any, said: str
+) -> None:
+    """At the opening, with what to do about it."""
+    server = FakeVLLM(**{"root": saved_model, **wrong})
+    with running(server.app()) as address, pytest.raises(error, match=said):
+        KVMem(address.replace("http", "vllm") + "/m")
+
+
+def test_addresses_keys_and_names(saved_model: str) -> None:
+    """The only model needs no name; a key is sent; what is not there is told."""
+    server = FakeVLLM(saved_model, key="secret-key")
+    with running(server.app()) as address:
+        url = address.replace("http", "vllm")
+        with KVMem(url, api_key="secret-key", max_tokens=2, tokenizer=None) as mem:
+            assert mem.ask("x", context=["y"]).text == "ab"
+            assert "secret-key" not in repr(mem.settings)
+        with pytest.raises(ModelNotFoundError, match="serves 'm', not 'other'"):
+            KVMem(f"{url}/other", api_key="secret-key")
+    with pytest.raises(RemoteError, match="cannot be reached"):
+        KVMem(f"{url}/m", retries=0)
+    with pytest.raises(InputError, match="no address"):
+        KVMem("vllm://host/m")
+
+
+def test_a_separator_stands_around_every_chunk(url: str, server: FakeVLLM) -> None:
+    """As LMCache's blending wants it."""
+    with KVMem(url, separator=" # # ", max_tokens=2, split=SPLIT) as mem:
+        mem.ask("x", context=["First text.", "Second text."])
+        sent = mem.model.tokenizer.decode(server.prompts[-1]["prompt"])
+    assert " # # First text.\n\n # # Second text.\n\n # # " in sent
+
+
+def test_json_and_tools_are_asked_for(mem: KVMem, server: FakeVLLM) -> None:
+    """The schema goes out as vLLM's structured output, narrowed as it is here."""
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    mem.chat([{"role": "user", "content": "Who?"}], schema=schema)
+    assert server.prompts[-1]["structured_outputs"]["json"]["properties"]["age"]["type"] == "integer"
+    assert server.prompts[-1]["structured_outputs"]["json"]["additionalProperties"] is False
+
+
+def test_chains_and_engines_need_another_model_string_only(url: str, tmp_path: Path) -> None:
+    """LangChain's chain and chat model, LlamaIndex's query engine."""
+    chain = CachedContextChain.from_documents([LangChainDocument(FERRY * 3, id="f")], model=url, store=str(tmp_path))
+    try:
+        assert chain.invoke({"input": "When?"})["answer"].startswith("abc")
+        assert chain.mem.ask("When, then?", max_tokens=1).usage.exact > 0
+    finally:
+        chain.mem.close()
+    llm = ChatKVMem(model=url, max_tokens=3)
+    assert llm.invoke("Hello").content == "abc"
+    llm.engine.close()
+    engine = KVMemQueryEngine.from_documents([LlamaIndexDocument(text=FERRY * 3)], model=url)
+    assert str(engine.query("When?")).startswith("abc")
+    engine.mem.close()
