@@ -68,7 +68,7 @@ def full_prefill(mem, question: str, context=None) -> dict[str, object]:  # type
 
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 2}
     began = time.perf_counter()
-    output = mem.model.hf.generate(ids, max_new_tokens=32, streamer=Watch(mem.model.tokenizer), **options)
+    output = mem.local_model.hf.generate(ids, max_new_tokens=32, streamer=Watch(mem.model.tokenizer), **options)
     text = mem.model.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
     return {"tokens": [0, 0, 0, ids.shape[1]], "first_token": stamps[1] - began, "text": text}
 

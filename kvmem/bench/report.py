@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvmem.bench.scale import kv_bytes, need
+
 
 def render(directory: Path) -> str:
     """Markdown of every result in `directory`, by file name."""
@@ -19,7 +21,8 @@ def render(directory: Path) -> str:
     ]
     for path in sorted(directory.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        lines += ["", *_SECTIONS[result["benchmark"]](result)]
+        kind = result["benchmark"]
+        lines += ["", *(_scale(result, directory) if kind == "scale" else _SECTIONS[kind](result))]
         if "machine" in result:
             lines += ["", _provenance(path, result)]
     for path in sorted(directory.glob("*.png")):
@@ -277,9 +280,70 @@ def _sizing(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def kv_bytes(model: dict[str, Any], bytes_per_number: int = 2) -> int:
-    """Bytes of KV per token of a model of `sizing.json`."""
-    return int(2 * model["layers"] * model["kv_heads"] * model["head_dim"] * bytes_per_number)
+def _serve(result: dict[str, Any]) -> list[str]:
+    settings, crowd, left, full = result["settings"], result["crowd"], result["leaving"], result["full"]
+    agent = [
+        (str(row["turn"]), str(row["prompt"]), f"{row['reused'] / row['prompt']:.2f}", str(row["usage"]["recomputed"]))
+        for row in result["agent"]
+    ]
+    grown = crowd["memory_at_the_end"] / crowd["memory_after_a_third"] - 1
+    found = [
+        ("answers, errors", f"{crowd['answers']}, {crowd['errors']}"),
+        ("answers by client, fewest and most", f"{crowd['fewest']}, {crowd['most']}"),
+        ("growth of the server's memory from the first third to the end", f"{grown:+.1%}"),
+        (f"{left['clients']} clients that left early: free again after, at most", f"{left['free_highest']:.2f} s"),
+        (f"{full['requests']} requests at once, {settings['queue']} may wait: refused", str(full["refused"])),
+        ("refused after, at most", f"{full['refused_after_highest']:.2f} s"),
+    ]
+    return [
+        f"## kvmem serve: {result['model']}",
+        "",
+        "A coding agent sends five files of this package every turn, of which one line of one was edited, and the "
+        "conversation so far. Reused tokens were not computed again:",
+        "",
+        *_table(("turn", "prompt", "share reused", "recomputed"), agent),
+        "",
+        f"{settings['clients']} clients ask and read streams for {settings['seconds']:.0f} s, from another process:",
+        "",
+        *_table(("", "found"), found),
+    ]
+
+
+def _scale(result: dict[str, Any], directory: Path) -> list[str]:
+    measured = json.loads((directory / result["measured"]).read_text(encoding="utf-8"))
+    ratios = {row["way"]: row["ratio"] for row in measured["summary"] if row["size"] == result["measured_size"]}
+    ways = {"full prefill": 1.0, "kvmem, blended": ratios["default, 10%"], "kvmem, exact": ratios["exact"]}
+    device, rows = result["device"], []
+    for model in result["models"]:
+        found = need(model, result, ways)
+        rows += [
+            (f"{model['name']}: KV of the corpus", f"{found.corpus / 1e12:.2f} TB"),
+            ("reading it once, hours of one device", f"{found.reading_hours:.1f}"),
+            *((f"devices for prompts: {name}", f"{count:.0f}") for name, count in found.prompts.items()),
+            ("KV that comes to the devices in a second", f"{found.moved / 1e9:.0f} GB"),
+            ("devices for the links it comes over", f"{found.links:.0f}"),
+            ("devices for decoding", f"{found.decoding:.0f}"),
+            ("sequences that one device holds", f"{found.held}"),
+        ]
+    return [
+        f"## On paper: {result['requests_per_second']} requests a second",
+        "",
+        f"A corpus of {result['corpus_tokens'] / 1e6:.0f} million tokens; every request has {result['context_tokens']} of "
+        f"them, a question of {result['question_tokens']} and an answer of {result['answer_tokens']} tokens. A device is "
+        f"one {device['name']}: {device['flops'] / 1e12:.0f} TFLOP/s, of which {device['compute_used']:.0%} are taken as "
+        f"used, {device['bytes_per_second'] / 1e12:.1f} TB/s of memory ({device['bandwidth_used']:.0%}), "
+        f"{device['link_bytes_per_second'] / 1e9:.0f} GB/s from the host. Nothing here was measured on one. What was measured "
+        f"is the share of full prefill's time, {ways['kvmem, blended']:.2f} blended and {ways['kvmem, exact']:.2f} exact, in "
+        f"{result['measured']}, of another model on a CPU.",
+        "",
+        *_table(("", "needed"), rows),
+        "",
+        "Prompts: requests x (2 x parameters x tokens + 2 x layers x width x tokens²) / (TFLOP/s used) x share. Links: "
+        "requests x context x bytes a token / link. Decoding: requests x answer x (prompt + answer / 2) x bytes a token / "
+        "memory bandwidth used; weights are read once for all sequences of a device, and left out. Blended prompts on "
+        "devices are what an engine with kvmem's repair would need; vLLM's prefix cache has full prefill's row, less what "
+        "prompts begin with alike.",
+    ]
 
 
 _PLOTS = {
@@ -298,4 +362,5 @@ _SECTIONS = {
     "compare": _compare,
     "retrieval-miss": _retrieval_miss,
     "sizing": _sizing,
+    "serve": _serve,
 }
