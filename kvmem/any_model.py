@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kvmem.errors import ModelError, first_line
+from kvmem.errors import ClosedError, ModelError, first_line
 
 if TYPE_CHECKING:
     from kvmem.backend import Backend
@@ -31,6 +32,7 @@ class AnyModel(ABC):
         self.lock = threading.RLock()
         self.working = 0
         self._tokenizing = threading.Lock()
+        self._patience = threading.local()
 
     @property
     @abstractmethod
@@ -48,6 +50,41 @@ class AnyModel(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Let go of what it holds; nothing for a model in this process."""
+
+    @contextmanager
+    def giving_up(self, cancelled: Callable[[], bool]) -> Iterator[None]:
+        """While open, and until `begin_answer`, work of this thread ends by a ClosedError once `cancelled` is true."""
+        before = getattr(self._patience, "cancelled", None)
+        self._patience.cancelled = cancelled
+        try:
+            yield
+        finally:
+            self._patience.cancelled = before
+
+    def begin_answer(self) -> None:
+        """From here on, whoever generates ends the answer after a whole token."""
+        self._patience.cancelled = None
+
+    def patience(self) -> Callable[[], bool]:
+        """What says, to any thread, whether nobody waits any more for what this one does."""
+        return getattr(self._patience, "cancelled", None) or (lambda: False)
+
+    def poll(self) -> None:
+        """Raise ClosedError if nobody waits any more."""
+        if self.patience()():
+            raise ClosedError("The work was cancelled before its end. Ask again.")
+
+    @cached_property
+    def begin(self) -> tuple[int, ...]:
+        """What the tokenizer puts before a text that is all of a prompt: the token that begins one, or nothing."""
+        with self._tokenizing:
+            ids = tuple(self.tokenizer("")["input_ids"][:1])
+        return ids if ids and ids[0] == self.tokenizer.bos_token_id else ()
+
+    @cached_property
+    def most_characters(self) -> int:
+        """No text of more characters fits the window, whatever it says."""
+        return self.window * max(map(len, self.tokenizer.get_vocab()))
 
     @cached_property
     def knows_tools(self) -> bool:

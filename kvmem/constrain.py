@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from kvmem.any_model import AnyModel
-from kvmem.errors import InputError
+from kvmem.errors import InputError, first_line
 from kvmem.model import LanguageModel
 
 Schema = Mapping[str, Any]
@@ -62,7 +62,18 @@ def narrow(schema: Schema, characters: int) -> dict[str, Any]:
 
 
 def narrow_for(model: AnyModel, schema: Schema, max_tokens: int) -> dict[str, Any]:
-    """`schema`, narrowed so that its JSON has a good chance to be complete after `max_tokens`."""
+    """`schema`, narrowed so that its JSON has a good chance to be complete after `max_tokens`. Raises InputError."""
+    if not isinstance(schema, Mapping):
+        raise InputError(f"The schema is a {type(schema).__name__}. Give a JSON schema, as a mapping.")
+    try:
+        return _narrow_for(model, schema, max_tokens)
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise InputError(f"The schema is not one: {first_line(error)}. Give a JSON schema.") from error
+    except RecursionError:
+        raise InputError("The schema is too deep. Give a flatter one.") from None
+
+
+def _narrow_for(model: AnyModel, schema: Schema, max_tokens: int) -> dict[str, Any]:
     names = json.dumps(dict.fromkeys(_property_names(schema), ""))
     # Rambling is made of short words: fewer characters by token than a text has.
     characters = 0.6 * len(_SAMPLE) / model.count_tokens(_SAMPLE)
@@ -99,8 +110,6 @@ class JsonConstraint(LogitsProcessor):
     """
 
     def __init__(self, model: LanguageModel, schema: Schema, max_tokens: int) -> None:
-        if not isinstance(schema, Mapping):
-            raise InputError(f"The schema is a {type(schema).__name__}. Give a JSON schema, as a mapping.")
         try:
             from llguidance import LLMatcher
         except ImportError as error:

@@ -75,11 +75,13 @@ def as_document(value: Any, id: str | None = None, metadata: Metadata | None = N
         raise InputError(
             f"The metadata is not JSON: {error}. Use text, numbers, booleans, lists and mappings of text."
         ) from None
+    check_text(json.dumps(merged, ensure_ascii=False), "The metadata")
     name = id if id is not None else found
     if name is None:
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
     if not isinstance(name, str) or not name:
         raise InputError(f"id={name!r} cannot be used. Give a text that is not empty, or None.")
+    check_text(name, "The id")
     return Document(name, text, merged, chunks)
 
 

@@ -78,7 +78,13 @@ class KVMem:
         self._corpus = Corpus(self.store, self.model, typesetter, namespace, self.settings.split)
         self._backend = self._open_backend(typesetter)
         self._requests = RequestBuilder(
-            self.model, self._corpus, typesetter, self.retriever, self._backend.arrange, self.settings
+            self.model,
+            self._corpus,
+            typesetter,
+            self.retriever,
+            self._backend.arrange,
+            self.settings,
+            reorders=not isinstance(self.model, LanguageModel),
         )
         self._library = Library(
             self.model.window, self.store, self._corpus, self._backend, self._requests, self.settings
@@ -124,15 +130,28 @@ class KVMem:
 
     # Documents
 
-    def add(self, document: Any, id: str | None = None, metadata: Metadata | None = None) -> Document:  # noqa: A002
+    def add(
+        self,
+        document: Any,
+        id: str | None = None,  # noqa: A002
+        metadata: Metadata | None = None,
+        *,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Document:
         """Read a document and keep it; one of the same id is replaced, and only what changed is read.
 
         document: a text, a `pathlib.Path` (text, Markdown, HTML, PDF), a `Document`, or a document of LangChain or
             LlamaIndex.
-        Raises InputError, EmptyInputError; the corpus is unchanged then.
+        cancelled: asked while it is read; once it is true, reading ends by a ClosedError.
+        Raises InputError, EmptyInputError, ClosedError; the corpus is unchanged then.
         """
         new = self._library.check(as_document(document, id, metadata))
-        return self._worker.run(lambda: self._library.add(new))
+
+        def work() -> Document:
+            with self.model.giving_up(cancelled or (lambda: self._worker.closed)):
+                return self._library.add(new)
+
+        return self._worker.run(work)
 
     def add_all(
         self, documents: Iterable[Any], progress: Callable[[Document, int, int], None] | None = None
@@ -332,7 +351,7 @@ class KVMem:
             deadline = None if timeout is None else time.monotonic() + timeout
             return self._backend.answer_all(requests, settings, sampling, Deadline(deadline))
 
-        return self._worker.run(work, alone=False)
+        return self._worker.run(work)
 
     def chat(
         self,
@@ -448,7 +467,7 @@ class KVMem:
         parsed = self._parse_blend(blend)
 
         def work(listener: Listener, settings: BlendSettings) -> Answer:
-            with self._worker.turn():
+            with self._worker.turn(), self.model.giving_up(listener.cancelled):
                 request = build()
             listener.planned(request.plan, request.sources)
             answer, turn = self._backend.answer(request, settings, sampling, listener, known)

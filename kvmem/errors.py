@@ -10,6 +10,7 @@
     ├── ModelError
     │   └── ModelNotFoundError   no such path, hub id or alias
     ├── RemoteError              the server that runs the model cannot be reached, or broke off
+    │   └── RefusedError         it does not take a request (also an InputError)
     ├── StoreError               the store directory cannot be used
     ├── AnswerTimeoutError       no answer within the time given (also a TimeoutError)
     └── ClosedError              the KVMem was closed
@@ -56,6 +57,10 @@ class ModelNotFoundError(ModelError):
 
 class RemoteError(KVMemError):
     """The server that runs the model cannot be reached, broke off, or lacks what is needed."""
+
+
+class RefusedError(InputError, RemoteError):
+    """The server that runs the model does not take a request."""
 
 
 class StoreError(KVMemError):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
@@ -26,7 +25,7 @@ from kvmem.any_model import AnyModel
 from kvmem.attention import ATTENTION, Step
 from kvmem.cache import BlendedCache, Correction
 from kvmem.entry import FORMAT_VERSION
-from kvmem.errors import ClosedError, InputError, ModelError, ModelNotFoundError, first_line
+from kvmem.errors import InputError, ModelError, ModelNotFoundError, first_line
 from kvmem.locate import is_remote, locate
 from kvmem.settings import ModelSettings
 
@@ -58,7 +57,6 @@ class LanguageModel(AnyModel):
         self.settings = settings or ModelSettings()
         self.hf: Any = hf.eval()
         super().__init__(tokenizer, name or str(getattr(hf.config, "_name_or_path", "") or type(hf).__name__))
-        self._given_up: Callable[[], bool] | None = None
         configs: list[Any] = [m.config for m in hf.modules() if getattr(m, "config", None) is not None]
         self._configs: dict[int, Any] = {id(config): config for config in configs}
         if self.settings.threads is not None:
@@ -192,25 +190,7 @@ class LanguageModel(AnyModel):
         return element * sum(group.elements_per_token for group in self.anatomy.groups)
 
     def new_cache(self, capacity: int) -> BlendedCache:
-        return BlendedCache(self.anatomy.groups, capacity, self.dtype, self.device, self.anatomy.recurrent, self._poll)
-
-    @contextmanager
-    def giving_up(self, cancelled: Callable[[], bool]) -> Iterator[None]:
-        """While open, and until `begin_answer`, forwards of this thread end between two layers, by a ClosedError, once
-        `cancelled` is true."""
-        self._given_up = cancelled
-        try:
-            yield
-        finally:
-            self._given_up = None
-
-    def begin_answer(self) -> None:
-        """From here on, whoever generates ends the answer after a whole token."""
-        self._given_up = None
-
-    def _poll(self) -> None:
-        if self._given_up is not None and threading.get_ident() == self.working and self._given_up():
-            raise ClosedError("The question was cancelled before its first token. Ask again.")
+        return BlendedCache(self.anatomy.groups, capacity, self.dtype, self.device, self.anatomy.recurrent, self.poll)
 
     def step(self, positions: Tensor) -> Step:
         """A forward at `positions` (int64 [m], ascending) of which only the last token's output may be used."""

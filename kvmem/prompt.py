@@ -137,9 +137,9 @@ class Typesetter:
             parts = [tuple(prompt[i : i + RAW_BLOCK]) for i in range(0, len(prompt), RAW_BLOCK)]
         else:
             parts = [self._tokenize(part, True) for part in self._segments(prompt)]
-            begins = tuple(self._model.tokenizer("")["input_ids"])
-            if begins and parts[0][: len(begins)] != begins:
-                parts[0] = begins + parts[0]
+            begin = self._model.begin
+            if parts[0][: len(begin)] != begin:
+                parts[0] = begin + parts[0]
         return Layout((), tuple(Span(part) for part in parts[:-1]), parts[-1])
 
     def chunk(self, text: str, document: str) -> Span:

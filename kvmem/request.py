@@ -12,7 +12,7 @@ from kvmem.answer import Source
 from kvmem.any_model import AnyModel
 from kvmem.corpus import Corpus
 from kvmem.document import Chunk, Document, as_document, check_text
-from kvmem.errors import EmptyInputError, InputError
+from kvmem.errors import EmptyInputError, InputError, PromptTooLongError
 from kvmem.plan import Plan, make_plan
 from kvmem.prompt import CONTEXT, DEFAULT_SYSTEM, Layout, Message, Piece, Prompt, Span, Typesetter, as_pieces
 from kvmem.retrieve import Retriever
@@ -33,7 +33,11 @@ class Request:
 
 
 class RequestBuilder:
-    """Builds requests over one corpus. arrange: as `Backend.arrange`."""
+    """Builds requests over one corpus.
+
+    arrange: as `Backend.arrange`. reorders: whether chunks are arranged even if all of them fit, since what stands
+        elsewhere would be read anew.
+    """
 
     def __init__(
         self,
@@ -43,7 +47,9 @@ class RequestBuilder:
         retriever: Retriever,
         arrange: Callable[[Sequence[Span], Sequence[Sequence[Span]]], Sequence[int]],
         settings: Settings,
+        reorders: bool = False,
     ) -> None:
+        self._reorders = reorders
         self._model, self._corpus, self._retriever, self._settings = model, corpus, retriever, settings
         self._typesetter, self._arranged = typesetter, arrange
 
@@ -103,6 +109,7 @@ class RequestBuilder:
             raise InputError(f"The prompt is no list of token ids in [0, {self._model.vocabulary}). Use this model's.")
         if not prompt:
             raise EmptyInputError("The prompt is empty. Write something.")
+        self._check_size(len(prompt) if isinstance(prompt, str) else 0)
         layout = self._typesetter.lay_out_raw(prompt)
         plan = make_plan(
             prefix=0, chunks=(), query=layout.tokens, answer=answer_tokens, window=self._model.window, scores=tuple
@@ -159,7 +166,7 @@ class RequestBuilder:
             documents=[c.document_id for c in chunks] if getattr(self._retriever, "comparable", False) else None,
             limit=self._settings.context_tokens,
         )
-        if plan.mode != "whole":
+        if plan.mode != "whole" or self._reorders:
             plan = replace(plan, chunks=self._arrange(layout, plan.chunks, spans))
         if dropped:
             reason = f"{plan.reason}; the oldest {dropped} messages did not fit and were left out"
@@ -186,12 +193,24 @@ class RequestBuilder:
     ) -> tuple[Layout, int]:
         """Leave out the oldest turns until the rest fits beside the answer and a quarter window of context."""
         kept = messages
+        while (size := _characters(kept)) > self._model.most_characters and (shorter := without_oldest_turn(kept)):
+            kept = shorter
+        self._check_size(size)
         room = self._model.window - answer - min(context, self._model.window // 4)
         while True:
+            self._model.poll()
             layout = self._typesetter.lay_out(kept, tools)
             if layout.tokens <= room or (shorter := without_oldest_turn(kept)) is None:
                 return layout, len(messages) - len(kept)
             kept = shorter
+
+    def _check_size(self, characters: int) -> None:
+        """Raise PromptTooLongError for what need not be tokenised to see that it does not fit."""
+        if characters > self._model.most_characters:
+            raise PromptTooLongError(
+                f"The prompt has {characters} characters, more than the model's window of {self._model.window} tokens "
+                "can have. Shorten it, pass long text as context or add() it."
+            )
 
     def context_chunks(self, context: Iterable[Any]) -> Sequence[Chunk]:
         """The chunks of texts or documents that are not in the corpus, and of sources, which are."""
@@ -244,6 +263,10 @@ def check_messages(messages: Sequence[Message]) -> list[Message]:
 
 def text_of(message: Message) -> str:
     return "".join(piece.text for piece in as_pieces(message.get("content")))
+
+
+def _characters(messages: Sequence[Message]) -> int:
+    return sum(len(text_of(message)) for message in messages)
 
 
 def without_oldest_turn(messages: list[Message]) -> list[Message] | None:

@@ -27,13 +27,12 @@ class Worker:
         self._streams: WeakSet[AnswerStream] = WeakSet()
         self.closed = False
 
-    def run(self, work: Callable[[], T], alone: bool = True) -> T:
-        """Wait for `work`, and return or raise what it does. alone: whether all of it is one turn, whatever the model
-        could do at a time."""
+    def run(self, work: Callable[[], T]) -> T:
+        """Wait for `work`, and return or raise what it does."""
         self.check_open()
 
         def turn() -> T:
-            with self.turn() if alone or self._model.parallel == 1 else nullcontext():
+            with self.turn() if self._model.parallel == 1 else nullcontext():
                 return work()
 
         return self._executor.submit(turn).result()

@@ -36,6 +36,8 @@ class FakeVLLM:
     running: int = 0
     most: int = 0
     shift: int = 0
+    tells_ids: bool = True
+    tells_blocks: bool = True
 
     def __post_init__(self) -> None:
         self._tokenizer = tiny_tokenizer()
@@ -44,9 +46,9 @@ class FakeVLLM:
     def app(self) -> FastAPI:
         app = FastAPI()
         app.get("/version")(lambda: {"version": self.version})
-        app.get("/metrics")(
-            lambda: PlainTextResponse(f'vllm:cache_config_info{{block_size="{self.block}",engine="0"}} 1.0\n')
-        )
+        if self.tells_blocks:
+            line = f'vllm:cache_config_info{{block_size="{self.block}",engine="0"}} 1.0\n'
+            app.get("/metrics")(lambda: PlainTextResponse(line))
         card = {"id": "m", "root": self.root, "max_model_len": self.window}
         app.get("/v1/models")(lambda: {"object": "list", "data": [card]})
         app.post("/tokenize")(self._tokenize)
@@ -89,7 +91,9 @@ class FakeVLLM:
                 if text in (body.get("stop") or ()):
                     text, reason = "", "stop"
                 ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-                choice = {"index": 0, "text": text, "finish_reason": reason, "token_ids": ids}
+                choice = {"index": 0, "text": text, "finish_reason": reason}
+                if body.get("return_token_ids") and self.tells_ids:
+                    choice["token_ids"] = ids
                 yield self._event([choice])
                 if reason == "stop":
                     break

@@ -154,7 +154,7 @@ PAGES_WITH_COMMANDS = sorted(
 
 @pytest.mark.parametrize("page", PAGES_WITH_COMMANDS)
 def test_commands_of_the_docs_are_understood(page: str) -> None:
-    """Their names and options exist; the README's, which are the same commands, are run, and a server by its own tests."""
+    """Names and options exist; the README's, which are the same commands, are run, and a server by its own tests."""
     group = get_command(app)
     assert isinstance(group, TyperGroup)
     for line in re.findall(r"^\$ kvmem (.*)$", (ROOT / page).read_text(), re.M):

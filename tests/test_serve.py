@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,13 +13,17 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import serving, until_idle
+from pydantic import ValidationError
+from serving import running, serving, until_idle
 from typer.testing import CliRunner
 
-from kvmem import InputError, LanguageModel
+from kvmem import InputError, KVMem, LanguageModel
 from kvmem.cli import app as cli
+from kvmem.serve.app import create_app
 from kvmem.serve.gate import Gate, QueueFullError
 from kvmem.serve.settings import ServeSettings, check_address, digest, read_keys
+from kvmem.serve.tenants import Tenants
+from kvmem.serve.wire import ChatRequest
 from kvmem.store import MemoryStore
 from kvmem.testing import tiny_model
 
@@ -342,12 +348,14 @@ def test_who_leaves_is_not_worked_for(model: LanguageModel, stream: bool) -> Non
         assert until_idle(client) < 1
         shown = client.get("/metrics").text
         assert "kvmem_cancelled_total 2.0" in shown
+        if not stream:
+            assert f'kvmem_requests_total{{route="{CHAT}",status="499"}} 2.0' in shown
         assert client.post(CHAT, json=body()).status_code == 200
 
 
 def test_who_leaves_while_the_prompt_is_read_is_not_worked_for() -> None:
     """A forward ends between two layers."""
-    model = tiny_model(num_hidden_layers=40, hidden_size=256, intermediate_size=512, max_position_embeddings=32768)
+    model = slow_model()
     text = {"role": "user", "content": "Every word of it counts. " * 240}
     with serving(model) as client:
         began = time.perf_counter()
@@ -358,11 +366,151 @@ def test_who_leaves_while_the_prompt_is_read_is_not_worked_for() -> None:
         assert until_idle(client) < whole / 2
 
 
+def test_an_answer_may_be_long_when_nobody_says_how_long(model: LanguageModel) -> None:
+    """Clients that say nothing expect a whole answer: a quarter of the window, or what is allowed."""
+    model.name = "tiny"
+    for limits, expected in ((ServeSettings(), 1024), (ServeSettings(max_tokens=100), 100)):
+        app = create_app(model, MemoryStore(), None, limits)
+        with running(app) as address:
+            request = {"model": "tiny", "messages": HELLO}
+            answer = httpx.post(f"{address}{CHAT}", json=request, timeout=60, trust_env=False).json()
+        assert f"{expected} of them for the answer" in answer["kvmem"]["plan"]["reason"]
+
+
+def slow_model() -> LanguageModel:
+    """One that takes seconds for a few thousand tokens."""
+    return tiny_model(num_hidden_layers=40, hidden_size=256, intermediate_size=512, max_position_embeddings=32768)
+
+
+def test_reading_a_document_ends_when_nobody_waits() -> None:
+    """A client that leaves, the time limit, and the server's end; the document is not there then."""
+    document = {"id": "long", "text": "Every word of it counts. " * 2000}
+    model = slow_model()
+    with serving(model, limits=ServeSettings(timeout=1.0)) as client:
+        with pytest.raises(httpx.TimeoutException):
+            client.post("/v1/documents", json=document, timeout=0.3)
+        assert until_idle(client) < 1
+        late = client.post("/v1/documents", json=document)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+        assert until_idle(client) < 1
+        assert client.get("/v1/documents").json()["data"] == []
+    began = time.perf_counter()
+    with serving(model) as client, pytest.raises(httpx.TimeoutException):
+        client.post("/v1/documents", json=document, timeout=0.3)
+    assert time.perf_counter() - began < 5
+
+
+def test_who_does_not_read_an_answer_keeps_nobody_waiting(model: LanguageModel) -> None:
+    """A turn ends when the work is done, whether or not the reply was taken."""
+    with serving(model, max_tokens=2000) as client:
+        request = json.dumps(body(stream=True, max_tokens=2000, messages=[{"role": "user", "content": "x" * 500}]))
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        with socket.create_connection((client.base_url.host, client.base_url.port)) as idle:
+            idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            idle.sendall(f"{head}Content-Length: {len(request)}\r\n\r\n{request}".encode())
+            time.sleep(0.2)
+            assert client.post(CHAT, json=body()).status_code == 200
+            assert until_idle(client, 20) < 20
+
+
+def test_who_leaves_while_an_engine_opens_leaves_it_unused(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines of clients that left can be closed for others."""
+    take = Tenants.take
+
+    def slowly(self: Tenants, namespace: str) -> KVMem:
+        time.sleep(0.5)
+        return take(self, namespace)
+
+    with serving(model, limits=ServeSettings(engines=1)) as client:
+        monkeypatch.setattr(Tenants, "take", slowly)
+        for n in range(3):
+            leave_early(client, read=0, kvmem={"namespace": f"n{n}"})
+        monkeypatch.undo()
+        assert until_idle(client, 10) < 10
+        assert client.post(CHAT, json=body()).status_code == 200
+        assert until_idle(client) < 1
+        threads = [t for t in threading.enumerate() if t.name.startswith("kvmem_")]
+    assert len(threads) <= 2
+
+
+DEEP = {"function": {"name": "f", "arguments": "[" * 10**5}}
+
+
+@pytest.mark.parametrize(
+    ("path", "request_"),
+    [
+        ("/v1/documents", {"text": "x", "metadata": {"a": ["\ud800"]}}),
+        ("/v1/documents", {"text": "x", "id": "\ud800"}),
+        (CHAT, body(kvmem={"thread": "\ud800"})),
+        (CHAT, body(kvmem={"blend": {"recompute": "auto"}})),
+        (CHAT, body(messages=[{"role": "assistant", "tool_calls": [DEEP]}])),
+        ("/v1/completions", {"model": "tiny", "prompt": [None] * 1000}),
+        ("/v1/completions", {"model": "tiny", "prompt": [1, 10**9]}),
+        ("/v1/completions", {"model": "tiny", "prompt": "x" * 10**6}),
+        (CHAT, body(messages=[{"role": "user", "content": "x" * 10**6}])),
+    ],
+)  # fmt: skip
+def test_what_could_break_a_server_is_refused(client: httpx.Client, path: str, request_: dict[str, Any]) -> None:
+    """Texts that are none, depths without end, sizes beyond all use: 400, and the server goes on."""
+    refused = client.post(path, content=json.dumps(request_), headers={"content-type": "application/json"})
+    assert refused.status_code == 400, refused.text
+    assert client.get("/v1/documents").status_code == 200
+
+
+@pytest.mark.parametrize("odd", ['{"type": "array", "maxItems": 1e999}', '{"items":' * 300 + "{}" + "}" * 300])
+def test_odd_schemas_are_refused(client: httpx.Client, odd: str) -> None:
+    """Numbers beyond all numbers, and schemas deeper than anything reads."""
+    plain = json.dumps(body(response_format={"type": "json_schema", "json_schema": {"schema": {"x": "HERE"}}}))
+    request_ = plain.replace('{"x": "HERE"}', odd)
+    refused = client.post(CHAT, content=request_, headers={"content-type": "application/json"})
+    assert refused.status_code == 400, refused.text
+
+
+def test_the_first_mistake_in_a_list_is_enough() -> None:
+    """A list of a million mistakes takes no more memory than one."""
+    for fields in ({"messages": [1] * 1000}, body(tools=[1] * 1000), body(kvmem={"context": [1] * 1000})):
+        with pytest.raises(ValidationError) as caught:
+            ChatRequest.model_validate({"model": "tiny", **fields})
+        assert caught.value.error_count() <= 4
+
+
+def test_pages_of_other_hosts_get_nothing(client: httpx.Client) -> None:
+    """A browser says where a page is from."""
+    assert client.get("/v1/models", headers={"origin": "https://evil.example"}).status_code == 403
+    assert client.get("/v1/models", headers={"origin": "http://localhost:3000"}).status_code == 200
+
+
+def test_conversations_can_be_looked_at_and_removed(client: httpx.Client) -> None:
+    """By those who had them."""
+    client.post(CHAT, json=body(kvmem={"thread": "a/b"}))
+    assert {"object": "thread", "id": "a/b"} in client.get("/v1/threads").json()["data"]
+    assert client.get("/v1/threads/a%2Fb").json()["messages"][0] == HELLO[0]
+    assert client.delete("/v1/threads/a%2Fb").json()["deleted"] is True
+    assert client.get("/v1/threads/a%2Fb").status_code == 404
+
+
+def test_the_log_names_routes_and_nothing_of_tenants(model: LanguageModel, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither documents nor texts, namespaces or keys, whatever goes wrong."""
+    caplog.set_level(logging.DEBUG)
+    with serving(model, limits=ServeSettings(keys=KEYS)) as client:
+        client.post("/v1/documents", json={"id": "secret-plan", "text": "The code is 7719."}, headers=bearer(ALICE))
+        client.get("/v1/documents/secret-plan", headers=bearer(ALICE))
+        client.get("/v1/documents/secret-plan", headers=bearer(BOB))
+        client.post(CHAT, json=body(messages=[{"role": "user", "content": "7719 " * 9000}]), headers=bearer(ALICE))
+        client.post(CHAT, json=body(kvmem={"context": "documents"}), headers=bearer(ALICE))
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("kvmem")]
+    assert any("POST /v1/chat/completions 200" in line for line in said)
+    assert not any(word in line for line in said for word in ("secret-plan", "7719", "alice", "bob", ALICE))
+
+
 def test_metrics_count_what_was_done(model: LanguageModel) -> None:
     """Requests by route and status, tokens by class, first tokens, the store, and fallbacks by reason."""
     with serving(model, store=MemoryStore(max_bytes=300_000)) as client:
         usage = client.post(CHAT, json=body()).json()["kvmem"]["usage"]
         client.get("/v1/documents/none")
+        client.post(CHAT, json=body(messages=[{"role": "user", "content": "word " * 5000}]))
         for n in range(30):
             client.post("/v1/documents", json={"id": str(n), "text": f"Number {n}. " + FERRY * 3})
         fallback = client.post(CHAT, json=body(kvmem={"context": "documents"})).json()
@@ -373,6 +521,7 @@ def test_metrics_count_what_was_done(model: LanguageModel) -> None:
     assert values['kvmem_requests_total{route="/v1/documents/{id:path}",status="404"}'] == 1
     assert values['kvmem_tokens_total{kind="computed"}'] >= usage["computed"] > 0
     assert values["kvmem_first_token_seconds_count"] == 2
+    assert values["kvmem_cancelled_total"] == 0
     assert values['kvmem_fallbacks_total{reason="retrieval"}'] == 1
     assert values["kvmem_store_evictions_total"] > 0
     assert values["kvmem_store_misses_total"] > 0

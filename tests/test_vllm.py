@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fake_vllm import FakeVLLM
 from langchain_core.documents import Document as LangChainDocument
@@ -21,7 +22,11 @@ from kvmem import (
     ModelNotFoundError,
     PromptTooLongError,
     RemoteError,
+    RemoteSettings,
 )
+from kvmem.serve.app import create_app
+from kvmem.store import MemoryStore
+from kvmem.vllm import VLLMModel
 from langchain_kvmem import CachedContextChain, ChatKVMem
 from llama_index_kvmem import KVMemQueryEngine
 
@@ -180,8 +185,9 @@ def test_what_a_server_cannot_do_is_said(mem: KVMem) -> None:
 @pytest.mark.parametrize(
     ("wrong", "error", "said"),
     [
-        ({"version": "0.8.5"}, RemoteError, "cache_salt"),
+        ({"version": "0.10.1"}, RemoteError, "structured_outputs"),
         ({"reports": False}, RemoteError, "--enable-prompt-tokens-details"),
+        ({"tells_ids": False}, RemoteError, "does not say what it reuses"),
         ({"window": 0}, RemoteError, "how long a prompt may be"),
         ({"shift": 1}, ModelError, "tokenizer here is not that"),
         ({"root": "/no/where"}, ModelNotFoundError, "tokenizer '/no/where'"),
@@ -211,6 +217,62 @@ def test_addresses_keys_and_names(saved_model: str) -> None:
         KVMem(f"{url}/m", retries=0)
     with pytest.raises(InputError, match="no address"):
         KVMem("vllm://host/m")
+
+
+def test_what_helps_only_may_be_missing(saved_model: str) -> None:
+    """Without /metrics, blocks are taken to be vLLM's usual ones; a password in an address is shown nowhere."""
+    server = FakeVLLM(saved_model, tells_blocks=False)
+    with running(server.app()) as address:
+        url = address.replace("http://", "vllm://user:hunter2@")
+        with KVMem(url) as mem:
+            assert mem.model.block_size == 16  # type: ignore[attr-defined]
+            assert "hunter2" not in mem.model.name
+
+
+def test_texts_in_another_order_stand_as_they_stood(url: str, server: FakeVLLM) -> None:
+    """All of them fit, and nothing is moved there: so the prompt begins like the one before."""
+    texts = [f"Report {n}. " + FERRY * 2 for n in range(3)]
+    with KVMem(url, max_tokens=2) as mem:
+        mem.ask("When?", context=texts)
+        again = mem.ask("When, then?", context=texts[::-1])
+    assert again.usage.exact > 0.7 * again.usage.prompt
+    assert [source.text for source in again.sources] == texts
+
+
+def test_one_namespace_reads_while_another_asks(url: str, server: FakeVLLM) -> None:
+    """A long reading of one keeps nobody else waiting."""
+    with KVMem(url, namespace="a", max_tokens=2) as a, KVMem(url, namespace="b", max_tokens=2) as b:
+        server.pause = 1.0
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(a.add, FERRY)
+            while not server.running:
+                time.sleep(0.01)
+            server.pause = 0.0
+            b.ask("When?", context=["x"])
+            assert not reading.done()
+            reading.result()
+
+
+def test_a_server_over_a_server_keeps_its_address_to_itself(saved_model: str) -> None:
+    """What goes wrong behind it is told without saying where; the log says it."""
+    behind = FakeVLLM(saved_model)
+    with running(behind.app()) as address:
+        model = VLLMModel.connect(address.replace("http", "vllm"), RemoteSettings(retries=0))
+        model.name = "m"
+        request = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+        with running(create_app(model, MemoryStore())) as front:
+            whole = httpx.post(f"{front}/v1/chat/completions", json=request, trust_env=False)
+            assert whole.json()["choices"][0]["message"]["content"] == "abc"
+            told = []
+            for status in (400, 404, 500):
+                behind.fails = [status]
+                told.append(httpx.post(f"{front}/v1/chat/completions", json=request, trust_env=False))
+            behind.breaks_after = 1
+            told.append(httpx.post(f"{front}/v1/chat/completions", json={**request, "stream": True}, trust_env=False))
+        model.close()
+    assert [r.status_code for r in told] == [400, 502, 502, 200]
+    assert '"error"' in told[-1].text
+    assert not any("127.0.0.1" in r.text for r in told)
 
 
 def test_a_separator_stands_around_every_chunk(url: str, server: FakeVLLM) -> None:

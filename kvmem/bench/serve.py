@@ -164,7 +164,8 @@ async def _crowd(base_url: str, model: str, seconds: float, clients: int, pid: i
                 async for chunk in stream:
                     if chunk.choices and chunk.choices[0].delta.content and not first:
                         first = time.perf_counter() - began
-                firsts.append(first)
+                if first:
+                    firsts.append(first)
                 answered[number] += 1
             except openai.OpenAIError:
                 errors[0] += 1

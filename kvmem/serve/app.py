@@ -54,21 +54,33 @@ def create_app(
 ) -> FastAPI:
     """An application that serves `model` over `store`; both stay the caller's, to be closed after it."""
     limits = limits or ServeSettings()
-    settings = settings or Settings()
+    settings = settings or default_settings(model, limits)
+    _ = model.fingerprint  # the first request would wait for it otherwise
     gate = Gate(model.parallel, limits.queue, limits.share)
-    desk = Desk(Tenants(model, store, settings, limits.engines), gate, Metrics(store, gate), limits)
+    tenants = Tenants(model, store, settings, limits.engines)
+    desk = Desk(tenants, gate, Metrics(store, gate), limits, model.parallel)
     server = _Server(desk, model, settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(desk.tenants.close)
+        await asyncio.to_thread(desk.close)
 
     app = FastAPI(title="kvmem", description="A model that has read your documents.", lifespan=lifespan)
     install(app)
     app.include_router(server.router())
     app.add_middleware(Guard, settings=limits, metrics=desk.metrics)
     return app
+
+
+def default_settings(model: AnyModel, limits: ServeSettings) -> Settings:
+    """Answers may take a quarter of the window, when a request does not say how long; clients expect whole ones."""
+    return Settings(max_tokens=longest_answer(model, limits))
+
+
+def longest_answer(model: AnyModel, limits: ServeSettings) -> int:
+    """Tokens of an answer that a request says nothing of."""
+    return max(1, min(limits.max_tokens, model.window // 4))
 
 
 class _Server:
@@ -89,6 +101,9 @@ class _Server:
         router.get("/v1/documents")(self.list_documents)
         router.get("/v1/documents/{id:path}")(self.get_document)
         router.delete("/v1/documents/{id:path}")(self.remove_document)
+        router.get("/v1/threads")(self.list_threads)
+        router.get("/v1/threads/{id:path}")(self.get_thread)
+        router.delete("/v1/threads/{id:path}")(self.remove_thread)
         return router
 
     async def health(self) -> dict[str, Any]:
@@ -97,7 +112,7 @@ class _Server:
 
     async def metrics(self) -> Response:
         """Counters, for Prometheus."""
-        text = await asyncio.to_thread(self._desk.metrics.text)
+        text = await self._desk.in_thread(self._desk.metrics.text)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self) -> dict[str, Any]:
@@ -147,7 +162,7 @@ class _Server:
             job = await self._desk.begin(namespace, start)
             try:
                 # What goes wrong before the first token has a status of its own, also for who wants events.
-                await job.begin()
+                await job.first()
             except BaseException:
                 job.close()
                 raise
@@ -170,33 +185,38 @@ class _Server:
         """Read a text, once; one of the same id is replaced, and only what changed is read."""
         namespace = self._namespace(request, body.namespace)
         document = as_document(body.text, body.id, body.metadata)
-        return describe(await self._desk.work(namespace, lambda mem: mem.add(document)))
+        added = self._desk.work(namespace, lambda mem, over: mem.add(document, cancelled=over))
+        return describe(await while_connected(request, added))
 
     async def list_documents(self, request: Request, namespace: str | None = _Namespace) -> dict[str, Any]:
         """All documents, in the order they were added."""
-        found = await self._look(self._namespace(request, namespace), lambda mem: mem.list())
+        found = await self._desk.look(self._namespace(request, namespace), lambda mem: mem.list())
         return {"object": "list", "data": [describe(document) for document in found]}
 
     async def get_document(self, id: str, request: Request, namespace: str | None = _Namespace) -> dict[str, Any]:  # noqa: A002
         """A document, with its text."""
-        return describe(await self._look(self._namespace(request, namespace), lambda mem: mem.get(id)), text=True)
+        document = await self._desk.look(self._namespace(request, namespace), lambda mem: mem.get(id))
+        return describe(document, text=True)
 
     async def remove_document(self, id: str, request: Request, namespace: str | None = _Namespace) -> dict[str, Any]:  # noqa: A002
         """Remove a document and every cache of text that no other document has."""
-        await self._desk.work(self._namespace(request, namespace), lambda mem: mem.remove(id))
+        await self._desk.work(self._namespace(request, namespace), lambda mem, _: mem.remove(id))
         return {"object": "document", "id": id, "deleted": True}
 
-    async def _look(self, namespace: str, look: Callable[[KVMem], Any]) -> Any:
-        """What needs no turn."""
+    async def list_threads(self, request: Request, namespace: str | None = _Namespace) -> dict[str, Any]:
+        """The names of the conversations that are kept."""
+        found = await self._desk.look(self._namespace(request, namespace), lambda mem: mem.threads())
+        return {"object": "list", "data": [{"object": "thread", "id": name} for name in found]}
 
-        def work() -> Any:
-            mem = self._desk.tenants.take(namespace)
-            try:
-                return look(mem)
-            finally:
-                self._desk.tenants.give_back(namespace)
+    async def get_thread(self, id: str, request: Request, namespace: str | None = _Namespace) -> dict[str, Any]:  # noqa: A002
+        """A conversation, the last answer included."""
+        messages = await self._desk.look(self._namespace(request, namespace), lambda mem: mem.history(id))
+        return {"object": "thread", "id": id, "messages": list(messages)}
 
-        return await asyncio.to_thread(work)
+    async def remove_thread(self, id: str, request: Request, namespace: str | None = _Namespace) -> dict[str, Any]:  # noqa: A002
+        """Remove a conversation and what is kept of it."""
+        await self._desk.work(self._namespace(request, namespace), lambda mem, _: mem.forget_thread(id))
+        return {"object": "thread", "id": id, "deleted": True}
 
     def _card(self) -> dict[str, Any]:
         return {

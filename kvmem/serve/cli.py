@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+import signal
+import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from pydantic import SecretStr
 
 from kvmem import BlendSettings, InputError, LanguageModel, ModelSettings, RemoteSettings, Settings
 from kvmem.any_model import AnyModel
 from kvmem.console import Model, Threads, err, errors
 from kvmem.locate import is_remote
+
+# Connections at a time; more get 503.
+_CONNECTIONS = 1000
 
 
 def serve(
@@ -23,7 +30,7 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
-    name: Annotated[str | None, typer.Option(help="What clients call the model; default: as it was loaded.")] = None,
+    name: Annotated[str | None, typer.Option(help="What clients call the model; default: the end of its name.")] = None,
     keys: Annotated[Path | None, typer.Option(help="A file of lines 'namespace key'.", envvar="KVMEM_KEYS")] = None,
     threads: Threads = None,
     blend: Annotated[str, typer.Option(help="Selector: query, deviation, first_k, none or all.")] = "query",
@@ -31,6 +38,9 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 64,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds from a request to the end of its answer.")] = 300.0,
     body_bytes: Annotated[int, typer.Option(min=1, help="The largest request.")] = 16_000_000,
+    tokenizer: Annotated[str | None, typer.Option(help="Of a vLLM server's model, if it names none.")] = None,
+    separator: Annotated[str | None, typer.Option(help="Between chunks, for LMCache on a vLLM server.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="KVMEM_API_KEY", help="Of a vLLM server.")] = None,
     disk_bytes: Annotated[int | None, typer.Option(min=0, help="The most the store may keep.")] = None,
 ) -> None:
     """Serve OpenAI's API: chats, completions, documents. Ctrl-C ends it."""
@@ -38,7 +48,7 @@ def serve(
         try:
             import uvicorn
 
-            from kvmem.serve.app import create_app
+            from kvmem.serve.app import create_app, longest_answer
         except ImportError as error:
             raise InputError("The server needs more packages: pip install 'kvmem[serve]'.") from error
         from kvmem.serve.settings import ServeSettings, check_address, read_keys
@@ -47,21 +57,31 @@ def serve(
         known = read_keys(keys) if keys is not None else {}
         limits = ServeSettings(keys=known, max_tokens=max_tokens, queue=queue, timeout=timeout, body_bytes=body_bytes)
         check_address(host, limits)
-        settings = Settings.parse(None, {"disk_bytes": disk_bytes, "blend": BlendSettings.parse(blend)})
+        remote = RemoteSettings(
+            api_key=SecretStr(api_key) if api_key else None, tokenizer=tokenizer, separator=separator
+        )
         with err.status(f"Loading {model} …"):
             if is_remote(model):
                 from kvmem.vllm import VLLMModel
 
-                loaded: AnyModel = VLLMModel.connect(model, RemoteSettings())
+                loaded: AnyModel = VLLMModel.connect(model, remote)
             else:
                 loaded = LanguageModel.load(model, ModelSettings(threads=threads))
-        loaded.name = name or model
+        loaded.name = name or model.rstrip("/").rsplit("/", 1)[-1]
+        longest = longest_answer(loaded, limits)
+        wanted = {"disk_bytes": disk_bytes, "blend": BlendSettings.parse(blend), "max_tokens": longest}
+        settings = Settings.parse(None, wanted)
         opened = open_store(store, settings.storage)
         logging.getLogger("kvmem.serve").setLevel(logging.INFO)
         try:
             app = create_app(loaded, opened, settings, limits)
-            err.print(f"{loaded.name} is served at http://{host}:{port}/v1 (Ctrl-C ends it)", highlight=False)
-            uvicorn.run(app, host=host, port=port, access_log=False, log_level="warning", timeout_graceful_shutdown=5)
+            where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            err.print(f"{loaded.name} is served at http://{where}/v1 (Ctrl-C ends it)", highlight=False, markup=False)
+            # uvicorn raises the signal again when it is done, and the store is to be closed then.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+            options: dict[str, Any] = {"access_log": False, "log_level": "warning", "limit_concurrency": _CONNECTIONS}
+            with suppress(KeyboardInterrupt):
+                uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=5, **options)
         finally:
             opened.close()
             loaded.close()

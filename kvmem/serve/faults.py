@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -18,11 +18,14 @@ from kvmem.errors import (
     InputError,
     KVMemError,
     ModelError,
+    ModelNotFoundError,
     PromptTooLongError,
+    RefusedError,
     RemoteError,
     StoreError,
 )
 from kvmem.serve.gate import QueueFullError
+from kvmem.serve.job import ClientLeftError
 
 logger = logging.getLogger("kvmem.serve")
 
@@ -63,7 +66,10 @@ def told(error: BaseException) -> tuple[int, dict[str, Any]]:
         return 504, fault(504, message, code="timeout")
     if isinstance(error, ClosedError):
         return 503, fault(503, "The server is closing, or the request was cancelled. Ask again.")
-    if isinstance(error, RemoteError):
+    if isinstance(error, RefusedError):
+        logger.error("kvmem: %s", error)
+        return 400, fault(400, "The server behind this one does not take the request. Ask for something simpler.")
+    if isinstance(error, RemoteError | ModelNotFoundError):
         logger.error("kvmem: %s", error)
         return 502, fault(502, "The server behind this one cannot be reached, or broke off. Ask again.")
     if isinstance(error, LookupError) and isinstance(error, KVMemError):
@@ -92,6 +98,12 @@ def install(app: FastAPI) -> None:
     async def http(_: Request, error: Any) -> JSONResponse:
         return JSONResponse(fault(error.status_code, str(error.detail)), error.status_code, headers=error.headers)
 
+    async def left(_: Request, error: Exception) -> Response:
+        # As nginx counts it; nobody reads this.
+        return Response(status_code=499)
+
+    app.add_exception_handler(ClientLeftError, left)
+
     async def ours(_: Request, error: Exception) -> JSONResponse:
         return respond(error)
 
@@ -105,4 +117,6 @@ def _first(errors: Sequence[Any]) -> tuple[str | None, str]:
     """The field and the message of the first error."""
     first = errors[0]
     where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+    if first["type"] == "json_invalid":
+        where = ""
     return where or None, str(first["msg"])

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
@@ -65,9 +66,13 @@ class Guard:
             # A page in a browser here may send requests, by a name of its own that it lets point to this machine.
             host = headers.get("host", "").lower()
             name = host[1:].split("]")[0] if host.startswith("[") else host.rsplit(":", 1)[0]
-            if name not in LOOPBACK and name != "testserver":
+            if name not in LOOPBACK:
                 message = f"Nothing is served for the host {name[:100]!r}. Use 127.0.0.1, or keys."
                 return JSONResponse(fault(403, message), 403)
+            # Nor may a page that names this machine rightly.
+            origin = headers.get("origin")
+            if origin is not None and urlsplit(origin).hostname not in LOOPBACK:
+                return JSONResponse(fault(403, "Pages of other hosts get nothing from here. Use keys."), 403)
             return None
         if scope["path"] in _OPEN:
             return None

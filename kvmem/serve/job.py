@@ -1,11 +1,11 @@
-"""Job: one answer under way, from its turn to its end, whoever ends it."""
+"""Job: one answer under way. Its turn ends when the engine has let go of it, however the reply to the client ends."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from kvmem.answer import Answer
 from kvmem.engine import KVMem
-from kvmem.errors import ClosedError
+from kvmem.errors import AnswerTimeoutError, ClosedError
 from kvmem.model import LanguageModel
 from kvmem.serve.gate import Gate
 from kvmem.serve.metrics import Metrics
@@ -23,113 +23,180 @@ from kvmem.serve.tenants import Tenants
 from kvmem.stream import AnswerStream
 
 T = TypeVar("T")
+# Seconds after its answer's end that a client may take to read the rest of it.
+_GRACE = 60.0
 
 
-@dataclass(eq=False)
+class ClientLeftError(Exception):
+    """Nobody reads the reply any more."""
+
+
 class Desk:
-    """Where requests wait for their turn, and are worked on."""
+    """Where requests wait for their turn, and are worked on.
 
-    tenants: Tenants
-    gate: Gate
-    metrics: Metrics
-    settings: ServeSettings
-    _closing: set[asyncio.Task[None]] = field(default_factory=set)
+    parallel: how many turns there are at a time; each may need a thread, and so may what needs no turn.
+    """
 
-    async def take(self, namespace: str, deadline: float) -> KVMem:
-        """Wait for a turn; `leave` ends it. deadline: `time.monotonic` seconds. Raises TimeoutError, QueueFullError,
-        KVMemError."""
+    def __init__(self, tenants: Tenants, gate: Gate, metrics: Metrics, settings: ServeSettings, parallel: int) -> None:
+        self.tenants, self.gate, self.metrics, self.settings = tenants, gate, metrics, settings
+        self._pool = ThreadPoolExecutor(parallel + 4, thread_name_prefix="kvmem-serve")
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def look(self, namespace: str, look: Callable[[KVMem], T]) -> T:
+        """What needs no turn, since the model is not run."""
+
+        def work() -> T:
+            mem = self.tenants.take(namespace)
+            try:
+                return look(mem)
+            finally:
+                self.tenants.give_back(namespace)
+
+        return await self.in_thread(work)
+
+    async def work(self, namespace: str, work: Callable[[KVMem, Callable[[], bool]], T]) -> T:
+        """Do `work` in a turn. It gets the engine, and what says that nobody waits for it any more."""
+        deadline, left = self._deadline(), asyncio.Event()
+
+        def over() -> bool:
+            return left.is_set() or time.monotonic() > deadline or self.tenants.closed
+
+        async def turn() -> T:
+            await self._enter(namespace, deadline)
+            try:
+                return await self.look(namespace, lambda mem: work(mem, over))
+            except ClosedError:
+                if time.monotonic() > deadline:
+                    raise AnswerTimeoutError("It was not read in time. Send less at once.") from None
+                raise
+            finally:
+                self.gate.leave()
+
+        task = self.keep(turn())
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            left.set()
+            raise
+
+    async def begin(self, namespace: str, start: Callable[[KVMem, float], AnswerStream]) -> Job:
+        """Begin an answer, when it is its turn. start: gets the engine and the seconds that are left.
+
+        Raises TimeoutError, QueueFullError, KVMemError.
+        """
+        job = Job(self._deadline())
+        begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        job.owner = self.keep(self._own(job, namespace, start, begun))
+        try:
+            await asyncio.shield(begun)
+        except BaseException:
+            job.close()
+            raise
+        return job
+
+    async def _own(
+        self,
+        job: Job,
+        namespace: str,
+        start: Callable[[KVMem, float], AnswerStream],
+        begun: asyncio.Future[None],
+    ) -> None:
+        """A job's whole turn."""
+        try:
+            await self._enter(namespace, job.deadline)
+            job.entered = True
+            try:
+                await self._run(job, namespace, start, begun)
+            finally:
+                self.gate.leave()
+        except BaseException as error:
+            if not begun.done():
+                begun.set_exception(error)
+                _ = begun.exception()  # there may be nobody left to look at it
+
+    async def _run(
+        self,
+        job: Job,
+        namespace: str,
+        start: Callable[[KVMem, float], AnswerStream],
+        begun: asyncio.Future[None],
+    ) -> None:
+        mem = await self.in_thread(lambda: self.tenants.take(namespace))
+        try:
+            stream = await self.in_thread(lambda: start(mem, max(0.001, job.deadline - time.monotonic())))
+            job.stream = stream
+            if job.left:
+                stream.close()
+            if not begun.done():
+                begun.set_result(None)
+            await stream.ended()
+            blendable = not isinstance(mem.model, LanguageModel) or mem.model.blendable
+            self.metrics.ended(stream, blendable)
+        finally:
+            await self.in_thread(lambda: self.tenants.give_back(namespace))
+
+    async def _enter(self, namespace: str, deadline: float) -> None:
         began = time.monotonic()
         async with asyncio.timeout(deadline - began):
             await self.gate.enter(namespace)
         self.metrics.waited(time.monotonic() - began)
-        try:
-            return await asyncio.to_thread(self.tenants.take, namespace)
-        except BaseException:
-            self.gate.leave()
-            raise
 
-    def leave(self, namespace: str) -> None:
-        self.tenants.give_back(namespace)
-        self.gate.leave()
+    def _deadline(self) -> float:
+        return time.monotonic() + self.settings.timeout
 
-    async def work(self, namespace: str, work: Callable[[KVMem], T]) -> T:
-        """Do `work` in a turn; it is done to its end, even if nobody waits for that any more."""
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-        async def whole() -> T:
-            mem = await self.take(namespace, time.monotonic() + self.settings.timeout)
-            try:
-                return await asyncio.to_thread(work, mem)
-            finally:
-                self.leave(namespace)
-
-        return await asyncio.shield(self._keep(asyncio.create_task(whole())))
-
-    async def begin(self, namespace: str, start: Callable[[KVMem, float], AnswerStream]) -> Job:
-        """Begin an answer. start: gets the engine and the seconds that are left."""
-        deadline = time.monotonic() + self.settings.timeout
-        mem = await self.take(namespace, deadline)
-        try:
-            stream = await asyncio.to_thread(start, mem, max(0.001, deadline - time.monotonic()))
-        except BaseException:
-            self.leave(namespace)
-            raise
-        return Job(self, namespace, mem, stream)
-
-    def close_later(self, job: Job) -> None:
-        """Cancel the job, and end its turn when it has let go."""
-        self._keep(asyncio.create_task(self._end(job)))
-
-    async def _end(self, job: Job) -> None:
-        job.stream.close()
-        await job.stream.ended()
-        self.leave(job.namespace)
-
-    def _keep(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:
-        """An event loop keeps no task by itself."""
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+    def keep(self, work: Any) -> asyncio.Task[Any]:
+        """A task of a coroutine; an event loop keeps none by itself."""
+        task: asyncio.Task[Any] = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        # What nobody waits for any more may fail.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task
 
+    def close(self) -> None:
+        """Cancel what runs, and wait for its end."""
+        self.tenants.close()
+        self._pool.shutdown(wait=False)
 
-@dataclass(eq=False)
+
 class Job:
-    """An answer that has its turn until `close`."""
+    """An answer. stream: there once it has its turn. deadline: `time.monotonic` seconds."""
 
-    desk: Desk
-    namespace: str
-    mem: KVMem
-    stream: AnswerStream
-    _first: str | None = None
-    _answered: bool = False
-    _closed: bool = False
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self.owner: asyncio.Task[None] | None = None
+        self.stream: AnswerStream | None = None
+        self.entered = self.left = False
+        self._first: str | None = None
 
-    async def begin(self) -> None:
+    async def first(self) -> None:
         """Wait for the first piece, or the end. Raises what the work does until then."""
-        self._first = await anext(self.stream, None)
+        if self.stream is not None:
+            self._first = await anext(self.stream, None)
 
     async def pieces(self) -> AsyncIterator[str]:
-        """The pieces of the answer, that which `begin` waited for included."""
-        if self._first is not None:
+        """The pieces of the answer, that which `first` waited for included."""
+        if self._first is not None and self.stream is not None:
             yield self._first
             async for piece in self.stream:
                 yield piece
 
     async def answer(self) -> Answer:
-        """The whole answer, counted."""
-        found = await self.stream.wait()
-        self._answered = True
-        blendable = not isinstance(self.mem.model, LanguageModel) or self.mem.model.blendable
-        self.desk.metrics.answered(found, blendable)
-        return found
+        """The whole answer."""
+        if self.stream is None:
+            raise ClosedError("The question was not begun. Ask again.")
+        return await self.stream.wait()
 
     def close(self) -> None:
-        """Give the turn back; what is under way is cancelled. Calling it again does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        if not self._answered:
-            self.desk.metrics.cancelled()
-        self.desk.close_later(self)
+        """Nobody reads the answer any more: what is under way is cancelled. Nothing happens to one that is complete."""
+        self.left = True
+        if self.stream is not None:
+            self.stream.close()
+        elif not self.entered and self.owner is not None:
+            self.owner.cancel()
 
 
 class Events(StreamingResponse):
@@ -141,13 +208,14 @@ class Events(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout(self._job.deadline - time.monotonic() + _GRACE):
+                await super().__call__(scope, receive, send)
         finally:
             self._job.close()
 
 
 async def while_connected(request: Request, work: Any) -> Any:
-    """What `work`, a coroutine, gives; it is cancelled when the client leaves. Raises ClosedError then."""
+    """What `work`, a coroutine, gives; it is cancelled when the client leaves. Raises ClientLeftError then."""
 
     async def leaves() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -158,7 +226,7 @@ async def while_connected(request: Request, work: Any) -> Any:
         await asyncio.wait([task, left], return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ClosedError("The client left. Ask again.")
+        raise ClientLeftError
     finally:
         for pending in (task, left):
             pending.cancel()

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from kvmem.answer import Answer
+from kvmem.errors import ClosedError
 from kvmem.plan import Plan
 from kvmem.serve.gate import Gate
 from kvmem.store.base import Store
+from kvmem.stream import AnswerStream
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0)
 
@@ -29,7 +30,7 @@ class Metrics:
         self._fallbacks = Counter(
             "kvmem_fallbacks", "Prompts that lack something that was asked for.", ["reason"], registry=registry
         )
-        self._cancelled = Counter("kvmem_cancelled", "Answers nobody waited for any more.", registry=registry)
+        self._cancelled = Counter("kvmem_cancelled", "Answers that were ended early.", registry=registry)
         self._first_token = Histogram(
             "kvmem_first_token_seconds",
             "From a turn to its first token.",
@@ -49,10 +50,17 @@ class Metrics:
     def waited(self, seconds: float) -> None:
         self._queue_seconds.observe(seconds)
 
-    def cancelled(self) -> None:
-        self._cancelled.inc()
-
-    def answered(self, answer: Answer, blendable: bool) -> None:
+    def ended(self, stream: AnswerStream, blendable: bool) -> None:
+        """Count an answer that is worked on no more, whatever came of it."""
+        try:
+            answer = stream.answer
+        except ClosedError:
+            self._cancelled.inc()
+            return
+        except Exception:  # it was told to who asked
+            return
+        if answer.finish_reason == "cancelled":
+            self._cancelled.inc()
         usage = answer.usage
         for kind in ("exact", "reused", "recomputed", "computed", "generated"):
             self._tokens.labels(kind).inc(getattr(usage, kind))

@@ -22,16 +22,16 @@ class Reply:
     kind: Kind
     model: str
     fingerprint: str
-    id: str = field(default_factory=lambda: f"cmpl-{uuid4().hex}")
+    number: str = field(default_factory=lambda: uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """The answer in one piece."""
         choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish_reason(answer)}
         if self.kind == "chat.completion":
-            choice["message"] = {"role": "assistant", "content": answer.text or None, "refusal": None}
+            choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
             if answer.tool_calls:
-                choice["message"]["tool_calls"] = tool_calls(answer)
+                choice["message"] |= {"content": answer.text or None, "tool_calls": tool_calls(answer)}
         else:
             choice["text"] = answer.text
         return {**self._head(self.kind), "choices": [choice], "usage": usage(answer), "kvmem": account(answer)}
@@ -59,7 +59,7 @@ class Reply:
 
     def _head(self, what: str) -> dict[str, Any]:
         return {
-            "id": self.id,
+            "id": f"{'chatcmpl' if self.kind == 'chat.completion' else 'cmpl'}-{self.number}",
             "object": what,
             "created": self.created,
             "model": self.model,
@@ -77,7 +77,7 @@ class Reply:
 
 def event(data: Mapping[str, Any] | str) -> str:
     """One server-sent event."""
-    return f"data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n"
 
 
 def finish_reason(answer: Answer) -> str:
@@ -91,7 +91,7 @@ def tool_calls(answer: Answer) -> list[dict[str, Any]]:
         {
             "id": call.id,
             "type": "function",
-            "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
+            "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
         }
         for call in answer.tool_calls
     ]

@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict
 
 from kvmem.any_model import AnyModel
 from kvmem.engine import KVMem
+from kvmem.errors import ClosedError
 from kvmem.settings import Settings
 from kvmem.store.base import Store
 
@@ -19,10 +20,13 @@ class Tenants:
         self._open: OrderedDict[str, KVMem] = OrderedDict()
         self._users: Counter[str] = Counter()
         self._lock = threading.Lock()
+        self.closed = False
 
     def take(self, namespace: str) -> KVMem:
         """The namespace's engine, which stays open until it is given back. Raises KVMemError."""
         with self._lock:
+            if self.closed:
+                raise ClosedError("The server is closing. Ask again later.")
             if namespace not in self._open:
                 settings = self._settings.model_copy(update={"namespace": namespace})
                 self._open[namespace] = KVMem(self._model, self._store, settings=settings)
@@ -47,6 +51,8 @@ class Tenants:
     def close(self) -> None:
         """Cancel what runs."""
         with self._lock:
-            for mem in self._open.values():
-                mem.close()
+            self.closed = True
+            engines = list(self._open.values())
             self._open.clear()
+        for mem in engines:
+            mem.close()

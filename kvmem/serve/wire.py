@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 from kvmem.document import Document, as_document
 from kvmem.engine import KVMem
@@ -29,6 +29,18 @@ class ContextText(BaseModel):
     metadata: dict[str, Any] | None = None
 
 
+# The first mistake in a list is enough; all of them would take as much memory as a client likes.
+FirstMistake: Any = Field(fail_fast=True)
+
+
+def check_unicode(request: BaseModel) -> None:
+    """Raises ValueError for half a surrogate pair, wherever it stands."""
+    try:
+        request.model_dump_json()
+    except ValueError:
+        raise ValueError("a text is not valid Unicode") from None
+
+
 class KVMemOptions(BaseModel):
     """kvmem's own part of a request.
 
@@ -39,10 +51,17 @@ class KVMemOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    context: Literal["documents"] | list[str | ContextText] | None = None
+    context: Literal["documents"] | Annotated[list[str | ContextText], FirstMistake] | None = None
     namespace: str | None = Field(default=None, min_length=1, max_length=200)
     blend: str | dict[str, Any] | None = None
     thread: str | None = Field(default=None, min_length=1)
+
+    @field_validator("blend")
+    @classmethod
+    def _no_check(cls, value: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+        if isinstance(value, dict) and value.get("recompute") == "auto":
+            raise ValueError("recompute is a number here; the check of a model is for who runs it")
+        return value
 
     def texts(self, mem: KVMem) -> Sequence[Document] | None:
         """As `KVMem.chat` takes them. Raises InputError, UnknownDocumentError."""
@@ -76,7 +95,7 @@ class _Sampled(_Open):
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16), FirstMistake] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     n: int | None = None
     logit_bias: dict[str, float] | None = None
@@ -98,6 +117,7 @@ class _Sampled(_Open):
         for name in ("logit_bias", "frequency_penalty", "presence_penalty"):
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported")
+        check_unicode(self)
         return self
 
     @property
@@ -141,9 +161,9 @@ class TextPart(_Open):
 
 class ChatMessage(_Open):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], FirstMistake] | None = None
     name: str | None = None
-    tool_calls: list[Called] | None = None
+    tool_calls: Annotated[list[Called], FirstMistake] | None = None
     tool_call_id: str | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -162,7 +182,7 @@ class ChatMessage(_Open):
 def _called(call: Called) -> dict[str, Any]:
     try:
         arguments = json.loads(call.function.arguments or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
         raise InputError(f"The arguments of the call of {call.function.name!r} are no JSON object. Send them as given.")
@@ -194,10 +214,10 @@ class NamedTool(_Open):
 class ChatRequest(_Sampled):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000), FirstMistake]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(max_length=1000), FirstMistake] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     logprobs: bool | None = None
 
@@ -222,10 +242,20 @@ class ChatRequest(_Sampled):
         }
 
 
+_PROMPT = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 1},
+        {"type": "array", "items": {"type": "integer"}, "minItems": 1},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}, "minItems": 1, "maxItems": 1},
+    ]
+}
+
+
 class CompletionRequest(_Sampled):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[str | list[Any], WithJsonSchema(_PROMPT)]
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None
@@ -243,11 +273,11 @@ class CompletionRequest(_Sampled):
         return self
 
     def one_prompt(self) -> str | list[int]:
-        """The prompt. Raises InputError for several."""
+        """The prompt: a text, or token ids that were not looked at. Raises InputError for several."""
         prompt: Any = self.prompt
         if isinstance(prompt, list) and (not prompt or not isinstance(prompt[0], int)):
-            if len(prompt) != 1:
-                raise InputError(f"There are {len(prompt)} prompts. Send them one by one.")
+            if len(prompt) != 1 or not isinstance(prompt[0], (str, list)):
+                raise InputError(f"There are {len(prompt)} prompts. Send one text, or the token ids of one.")
             prompt = prompt[0]
         return prompt  # type: ignore[no-any-return]
 
@@ -261,3 +291,8 @@ class DocumentRequest(BaseModel):
     id: str | None = Field(default=None, min_length=1)
     metadata: dict[str, Any] | None = None
     namespace: str | None = Field(default=None, min_length=1, max_length=200)
+
+    @model_validator(mode="after")
+    def _readable(self) -> DocumentRequest:
+        check_unicode(self)
+        return self

@@ -25,6 +25,8 @@ from kvmem.vllm.server import Completion
 
 # Prompts that are remembered, to make others begin like them.
 _RECENT = 128
+# Chunks that are known to have been read; those that were forgotten are read again when they are added again.
+_KNOWN = 200_000
 # What the checkpoint's own defaults would change, and a caller did not ask for.
 _NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -44,12 +46,13 @@ class VLLMBackend:
         with self._lock:
             recent = list(self._recent.values())
         start = [span.digest for span in before]
-        best, best_blocks = list(range(len(groups))), 0
+        fixed = sum(map(len, before))
+        best, best_blocks = list(range(len(groups))), fixed // self._model.block_size
         for spans in reversed(recent):
             if [span.digest for span in spans[: len(start)]] != start:
                 continue
             order, shared = _follow(spans[len(start) :], groups)
-            blocks = (sum(map(len, before)) + shared) // self._model.block_size
+            blocks = (fixed + shared) // self._model.block_size
             if order and blocks > best_blocks:
                 best, best_blocks = order, blocks
         return best
@@ -69,7 +72,8 @@ class VLLMBackend:
         options = {"max_tokens": 1, "temperature": 0.0}
         extra = {"cache_salt": self._namespace}
         server = self._model.server
-        server.run(server.complete(ids, options, extra, lambda _: None, lambda: False))
+        given_up = self._model.patience()
+        server.run(server.complete(ids, options, extra, lambda _: None, given_up))
         self._note(spans)
 
     def answer(
@@ -131,7 +135,9 @@ class VLLMBackend:
             self._recent.move_to_end(name)
             if len(self._recent) > _RECENT:
                 self._recent.popitem(last=False)
-        self._read.update(span.digest for span in spans)
+        if len(self._read) > _KNOWN:
+            self._read.clear()
+        self._read.update(span.digest for span in spans if span.document is not None)
 
     async def _complete(self, token_ids: Sequence[int], sampling: Sampling, listener: Listener) -> Completion:
         options: dict[str, Any] = {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature}
@@ -175,7 +181,7 @@ def _answer(request: Request, found: Completion) -> Answer:
         reused=0,
         recomputed=0,
         computed=found.prompt - found.cached,
-        generated=len(found.token_ids),
+        generated=found.generated,
         token_layers=0,
     )
     timings = Timings(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -18,8 +19,9 @@ from kvmem.vllm.server import VLLMServer
 if TYPE_CHECKING:
     from kvmem.vllm.backend import VLLMBackend
 
-# The first that knows `cache_salt`, without which namespaces would share what they cached.
-_OLDEST = (0, 9)
+# The first that knows `structured_outputs` and tells the token ids of an answer. `cache_salt`, without which namespaces
+# would share what they cached, is older.
+_OLDEST = (0, 11)
 _PROBE = "One text, <|im_start|>user\n1 234 <s></s> Größe\n\n"
 
 
@@ -32,7 +34,8 @@ class VLLMModel(AnyModel):
     def __init__(
         self, server: VLLMServer, tokenizer: PreTrainedTokenizerBase, window: int, settings: RemoteSettings
     ) -> None:
-        super().__init__(tokenizer, f"{server.address.replace('http', 'vllm', 1)}/{server.model}")
+        scheme, _, host = server.address.partition("://")
+        super().__init__(tokenizer, f"{'vllm' if scheme == 'http' else 'vllm+https'}://{host}/{server.model}")
         self.server, self._window = server, window
         self.block_size = 1
         self.parallel = settings.parallel
@@ -62,11 +65,11 @@ class VLLMModel(AnyModel):
     def window(self) -> int:
         return self._window
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Identifies what token ids mean to the model; what they were read as is the server's."""
         vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
-        parts = [self.name, vocabulary, str(self.tokenizer.chat_template)]
+        parts = [self.server.model, vocabulary, str(self.tokenizer.chat_template)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
     def backend(self, namespace: str) -> VLLMBackend:
@@ -95,7 +98,7 @@ class VLLMModel(AnyModel):
             )
 
     def _reports_reuse(self) -> bool:
-        """Whether a prompt that was read twice is said to have been."""
+        """Whether a prompt that was read twice is said to have been, and the tokens of an answer are told."""
         count = min(2 * self.block_size + 1, self._window - 1)
         ids = self.tokenize(_PROBE * (1 + count // 8), markup=False)[:count]
         options, extra = {"max_tokens": 1, "temperature": 0.0}, {"cache_salt": uuid.uuid4().hex}
@@ -103,7 +106,8 @@ class VLLMModel(AnyModel):
         async def twice() -> Sequence[Any]:
             return [await self.server.complete(ids, options, extra, lambda _: None, lambda: False) for _ in range(2)]
 
-        return bool(self.server.run(twice())[-1].cached)
+        again = self.server.run(twice())[-1]
+        return bool(again.cached and again.token_ids)
 
 
 def _version(server: VLLMServer) -> str:
@@ -115,9 +119,9 @@ def _version(server: VLLMServer) -> str:
             f"{server.address} is no vLLM server: it does not tell a version. For other servers use their own clients."
         ) from None
     numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
-    if numbers < _OLDEST:
+    if numbers < _OLDEST and "dev" not in found:
         raise RemoteError(
-            f"{server.address} runs vLLM {found}, which cannot keep namespaces apart (cache_salt). "
+            f"{server.address} runs vLLM {found}, which lacks what is needed (return_token_ids, structured_outputs). "
             f"Upgrade it to {'.'.join(map(str, _OLDEST))} or later."
         )
     return found

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from kvmem.answer import FinishReason
-from kvmem.errors import ClosedError, InputError, KVMemError, ModelNotFoundError, RemoteError, first_line
+from kvmem.errors import ClosedError, InputError, KVMemError, ModelNotFoundError, RefusedError, RemoteError, first_line
 from kvmem.settings import RemoteSettings
 
 try:
@@ -28,12 +28,16 @@ _GLANCE = 0.05
 
 @dataclass(frozen=True)
 class Completion:
-    """What a server made of a prompt. cached: tokens of it that were in its prefix cache. first_token: perf_counter
-    seconds."""
+    """What a server made of a prompt.
+
+    token_ids, generated: of the answer. cached: tokens of the prompt that were in the prefix cache; 0 for an answer
+        that was cancelled, since that is told at the end. first_token: perf_counter seconds.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    generated: int
     prompt: int
     cached: int
     first_token: float
@@ -50,7 +54,8 @@ class VLLMServer:
             port = None
         if not parts.hostname or port is None:
             raise InputError(f"{url!r} is no address of a server. Give vllm://host:port/model.")
-        self.address = f"{'https' if parts.scheme == 'vllm+https' else 'http'}://{parts.netloc}"
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        self.address = f"{'https' if parts.scheme == 'vllm+https' else 'http'}://{host}:{port}"
         self.model = parts.path.strip("/")
         key = settings.api_key.get_secret_value() if settings.api_key is not None else "none"
         limits = openai.Timeout(10.0, read=settings.read_timeout, pool=None)
@@ -94,7 +99,7 @@ class VLLMServer:
         """In how many tokens at a time the server reuses; 16, which is vLLM's default, when it does not say."""
         try:
             found = re.search(r'cache_config_info\{[^}]*\bblock_size="(\d+)"', str(await self.get("/metrics")))
-        except RemoteError:
+        except KVMemError:
             found = None
         return int(found.group(1)) if found is not None else 16
 
@@ -140,13 +145,13 @@ class VLLMServer:
         if watched.over:
             if not first:
                 raise ClosedError("The question was cancelled before its first token. Ask again.")
-            return Completion(text, tuple(said), "cancelled", len(token_ids), 0, first)
+            return Completion(text, tuple(said), "cancelled", len(said), len(token_ids), 0, first)
         if reason not in ("stop", "length") or usage is None:
             raise RemoteError(f"{self.address} ended an answer for no known reason ({reason}). See its log; ask again.")
         cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details is not None else 0
-        return Completion(
-            text, tuple(said), "stop" if reason == "stop" else "length", usage.prompt_tokens, cached or 0, first
-        )
+        ended: FinishReason = "stop" if reason == "stop" else "length"
+        count = usage.completion_tokens
+        return Completion(text, tuple(said), ended, count, usage.prompt_tokens, cached or 0, first)
 
     @asynccontextmanager
     async def _told(self) -> AsyncIterator[None]:
@@ -158,7 +163,7 @@ class VLLMServer:
         except openai.NotFoundError as error:
             raise ModelNotFoundError(f"{self.address} has no such model or path: {first_line(error)}.") from error
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            raise InputError(f"{self.address} does not take the request: {first_line(error)}. Change it.") from error
+            raise RefusedError(f"{self.address} does not take the request: {first_line(error)}. Change it.") from error
         except openai.APIStatusError as error:
             raise RemoteError(f"{self.address} failed: {first_line(error)}. Look at its log; ask again.") from error
         except KVMemError:
@@ -190,6 +195,8 @@ class _Watched:
                 self.over = True
                 task.cancel()
                 await asyncio.wait([task])
-                _ = task.cancelled() or task.exception()
+                # It may have come about just now; the server would go on writing.
+                if not task.cancelled() and task.exception() is None and hasattr(task.result(), "close"):
+                    await task.result().close()
                 return None
         return task.result()
