@@ -162,7 +162,7 @@ def test_what_is_put_is_read_and_freed(store: KVMemStore, mem: KVMem) -> None:
     assert answer.usage.computed < 70
     assert mem.stats().store.entries > 0
     store.delete(("u",), "k")
-    mem._runner.release()
+    mem._backend.release()
     again = mem.chat([{"role": "user", "content": "When?"}], context=[text], max_tokens=1)
     assert again.usage.computed > 70
 
