@@ -9,9 +9,10 @@ import torch
 from helpers import open_mem
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 import kvmem
-from kvmem import KVMem, LanguageModel
+from kvmem import InputError, KVMem, LanguageModel
 from kvmem.prompt import Piece, Typesetter
 from kvmem.request import without_oldest_turn
 from kvmem.split import segment
@@ -188,3 +189,34 @@ def test_a_text_is_cut_the_same_wherever_it_stands() -> None:
         inside = set(segment(f"Some words stand before it, and a few more.\n\n{text}\n\nAnd some after.", words, 8))
         assert len(alone & inside) >= min(least, len(alone) - 2)
         assert len(alone & inside) >= 0.5 * len(alone)
+
+
+def test_a_raw_prompt_begins_as_the_tokenizer_begins_one(tmp_path: Path) -> None:
+    """With the token that begins a prompt, once; token ids are taken as they are."""
+    model = tiny_model()
+    model.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", 0)]
+    )
+    with open_mem(model, tmp_path / "kv") as mem:
+        sizes = [mem.complete(prompt).usage.prompt for prompt in ("Once", "<|bos|>Once", [0, 50], [50])]
+    assert sizes == [5, 5, 2, 1]
+    with open_mem(tiny_model(), tmp_path / "kv") as mem:
+        assert mem.complete("Once").usage.prompt == 4
+
+
+def test_a_raw_prompt_is_continued_as_the_model_continues_it(mem: KVMem) -> None:
+    """Greedy, in float32: what transformers' own generate says, whether the prompt is read or reused."""
+    ids = mem.model.tokenize("Once upon a time there was a ferry that left at noon. " * 8, markup=True)
+    with torch.no_grad():
+        whole = mem.local_model.hf.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)
+    expected = mem.model.tokenizer.decode(whole[0, len(ids) :], skip_special_tokens=True)
+    cold, warm = mem.complete(list(ids)), mem.complete(list(ids))
+    assert cold.text == warm.text == expected
+    assert warm.usage.computed < cold.usage.computed == len(ids)
+
+
+@pytest.mark.parametrize("prompt", ["", [], [10**6], [-1], ["a"], 7, "\ud800"])
+def test_raw_prompts_that_are_none_are_told(mem: KVMem, prompt: Any) -> None:
+    """Empty ones, token ids of another model, and what is no prompt."""
+    with pytest.raises(InputError):
+        mem.complete(prompt)

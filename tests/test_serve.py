@@ -21,6 +21,7 @@ from kvmem import InputError, KVMem, LanguageModel
 from kvmem.cli import app as cli
 from kvmem.serve.app import create_app
 from kvmem.serve.gate import Gate, QueueFullError
+from kvmem.serve.job import Events
 from kvmem.serve.settings import ServeSettings, check_address, digest, read_keys
 from kvmem.serve.tenants import Tenants
 from kvmem.serve.wire import ChatRequest
@@ -595,3 +596,28 @@ def test_engines_of_idle_namespaces_are_closed(model: LanguageModel) -> None:
         texts = [client.get("/v1/documents/d", params={"namespace": f"n{n}"}).json()["text"] for n in range(5)]
     assert texts == [f"Text {n}." for n in range(5)]
     assert len(threads) <= 3
+
+
+async def test_a_reply_that_was_never_begun_is_closed_too() -> None:
+    """A client may leave between the first token and the first event."""
+
+    class Closing:
+        deadline = time.monotonic() + 5
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    async def never() -> Any:
+        raise AssertionError("nobody reads this")
+        yield
+
+    async def gone() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None:
+        await asyncio.sleep(1)
+
+    job: Any = Closing()
+    await Events(job, never())({"type": "http", "asgi": {"spec_version": "2.3"}}, gone, send)
+    assert job.closed
