@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +29,7 @@ from kvmem.serve.job import Events
 from kvmem.serve.settings import ServeSettings, check_address, digest, read_keys
 from kvmem.serve.tenants import Tenants
 from kvmem.serve.wire import ChatRequest
-from kvmem.store import MemoryStore
+from kvmem.store import DiskStore, MemoryStore
 from kvmem.testing import tiny_model
 
 pytestmark = [pytest.mark.enable_socket]
@@ -621,3 +625,33 @@ async def test_a_reply_that_was_never_begun_is_closed_too() -> None:
     job: Any = Closing()
     await Events(job, never())({"type": "http", "asgi": {"spec_version": "2.3"}}, gone, send)
     assert job.closed
+
+
+def test_a_server_that_is_told_to_end_tells_its_clients(saved_model: str, tmp_path: Path) -> None:
+    """The command, in a process of its own: what is under way ends with an error, documents stay, the code is 0."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "kvmem.cli", "serve", "--model", saved_model, "--name", "tiny"]
+    command += ["--store", str(tmp_path / "kv"), "--port", str(port), "--max-tokens", "4000"]
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            for _ in range(600):
+                with contextlib.suppress(httpx.HTTPError):
+                    client.get("/health")
+                    break
+                time.sleep(0.1)
+            assert client.post("/v1/documents", json={"id": "ferry", "text": FERRY}).status_code == 201
+            with client.stream("POST", CHAT, json=body(stream=True, max_tokens=3500)) as response:
+                lines = response.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                rest = [line for line in lines if line]
+            assert json.loads(rest[-1].removeprefix("data: "))["error"]["type"] == "server_error"
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
+            process.wait()
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    assert [*DiskStore(tmp_path / "kv").documents]

@@ -67,6 +67,8 @@ def create_app(
         await asyncio.to_thread(desk.close)
 
     app = FastAPI(title="kvmem", description="A model that has read your documents.", lifespan=lifespan)
+    # For whoever runs it: ends what is under way, whose clients are told.
+    app.state.close = desk.close
     install(app)
     app.include_router(server.router())
     app.add_middleware(Guard, settings=limits, metrics=desk.metrics)

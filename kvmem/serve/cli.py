@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import sys
@@ -80,8 +81,15 @@ def serve(
             # uvicorn raises the signal again when it is done, and the store is to be closed then.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
             options: dict[str, Any] = {"access_log": False, "log_level": "warning", "limit_concurrency": _CONNECTIONS}
+            config = uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=5, **options)
+
+            class Server(uvicorn.Server):
+                async def shutdown(self, sockets: Any = None) -> None:
+                    await asyncio.to_thread(app.state.close)
+                    await super().shutdown(sockets)
+
             with suppress(KeyboardInterrupt):
-                uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=5, **options)
+                Server(config).run()
         finally:
             opened.close()
             loaded.close()

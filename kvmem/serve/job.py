@@ -185,10 +185,11 @@ class Job:
                 yield piece
 
     async def answer(self) -> Answer:
-        """The whole answer."""
-        if self.stream is None:
-            raise ClosedError("The question was not begun. Ask again.")
-        return await self.stream.wait()
+        """The whole answer. Raises ClosedError when the server ended it."""
+        found = None if self.stream is None else await self.stream.wait()
+        if found is None or found.finish_reason == "cancelled":
+            raise ClosedError("The answer was ended before its end. Ask again.")
+        return found
 
     def close(self) -> None:
         """Nobody reads the answer any more: what is under way is cancelled. Nothing happens to one that is complete."""
