@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,27 +9,23 @@ from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvmem.answer import Answer, Prefill, Source
 from kvmem.any_model import AnyModel
-from kvmem.backend import Backend
-from kvmem.compose import Composer
 from kvmem.corpus import Corpus
 from kvmem.document import Document, Metadata, as_document
 from kvmem.errors import InputError
 from kvmem.generate import Sampling
 from kvmem.library import Library
-from kvmem.locate import is_remote
 from kvmem.model import LanguageModel
+from kvmem.opening import open_backend, open_model
 from kvmem.plan import Plan
-from kvmem.prompt import DEFAULT_SYSTEM, Message, Span, Typesetter
-from kvmem.request import Context, Request, RequestBuilder, check_context, check_messages, prefix_of
+from kvmem.prompt import Message, Typesetter
+from kvmem.request import Context, Request, RequestBuilder, check_context, check_messages
 from kvmem.retrieve import BM25Retriever, Retriever
-from kvmem.runner import Runner
-from kvmem.settings import BlendSettings, ModelSettings, Settings
+from kvmem.settings import BlendSettings, Settings
 from kvmem.stats import Stats
 from kvmem.store.base import Store
 from kvmem.store.forget import forget_namespace
@@ -39,9 +34,6 @@ from kvmem.stream import AnswerStream, Deadline, Listener
 from kvmem.thread import Threads, plain_message
 from kvmem.tools import Tool, Toolbox
 from kvmem.worker import Worker
-
-logger = logging.getLogger("kvmem")
-_warned: WeakSet[LanguageModel] = WeakSet()
 
 
 class KVMem:
@@ -69,14 +61,14 @@ class KVMem:
         **overrides: Any,
     ) -> None:
         self.settings = Settings.parse(settings, overrides)
-        self.model: AnyModel = self._open_model(model, tokenizer, overrides)
+        self.model, self._owns_model = open_model(model, tokenizer, self.settings, overrides)
         self._owns_store = store is None or isinstance(store, (str, os.PathLike))
         self.store = open_store(store, self.settings.storage)
         self.retriever: Retriever = retriever or BM25Retriever()
         namespace = self.settings.namespace
         typesetter = Typesetter(self.model)
         self._corpus = Corpus(self.store, self.model, typesetter, namespace, self.settings.split)
-        self._backend = self._open_backend(typesetter)
+        self._backend = open_backend(self.model, self.store, namespace, typesetter)
         self._requests = RequestBuilder(
             self.model,
             self._corpus,
@@ -91,35 +83,6 @@ class KVMem:
         )
         self._threads = Threads(self.store.documents, namespace)
         self._worker = Worker(self.model)
-
-    def _open_model(self, model: Any, tokenizer: Any, overrides: Mapping[str, Any]) -> AnyModel:
-        self._owns_model = isinstance(model, (str, os.PathLike)) and is_remote(os.fspath(model))
-        if self._owns_model:
-            from kvmem.vllm import VLLMModel  # an extra
-
-            return VLLMModel.connect(os.fspath(model), self.settings.remote, tokenizer)
-        if isinstance(model, AnyModel):
-            if ignored := overrides.keys() & ModelSettings.model_fields.keys():
-                raise InputError(f"{min(ignored)} belongs to loading, and this model is loaded. Give it to load().")
-            return model
-        if isinstance(model, (str, os.PathLike)):
-            return LanguageModel.load(model, self.settings.model)
-        if tokenizer is None:
-            raise InputError("A model object needs its tokenizer: KVMem(model, store, tokenizer=tokenizer).")
-        return LanguageModel(model, tokenizer, settings=self.settings.model)
-
-    def _open_backend(self, typesetter: Typesetter) -> Backend:
-        model, namespace = self.model, self.settings.namespace
-        if not isinstance(model, LanguageModel):
-            return model.backend(namespace)
-        # Both are looked up by the first question otherwise, which would wait for them.
-        _ = model.fingerprint, model.anatomy
-        if not model.blendable and model not in _warned:
-            _warned.add(model)
-            logger.warning("kvmem: %s reuses exact prefixes only, since %s", model.name, model.anatomy.reason)
-        neutral = prefix_of(typesetter, DEFAULT_SYSTEM)
-        preamble = Span(tuple(token for span in neutral for token in span.token_ids))
-        return Runner(model, self.store, Composer(model, self.store, namespace, preamble))
 
     @property
     def local_model(self) -> LanguageModel:
