@@ -7,12 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvmem.errors import ClosedError, ModelError, first_line
-
-if TYPE_CHECKING:
-    from kvmem.backend import Backend
 
 
 class AnyModel(ABC):
@@ -43,10 +40,6 @@ class AnyModel(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Identifies everything that what is kept of it depends on."""
-
-    def backend(self, namespace: str) -> Backend:
-        """What runs prompts of that namespace elsewhere than in this process."""
-        raise NotImplementedError
 
     def close(self) -> None:  # noqa: B027
         """Let go of what it holds; nothing for a model in this process."""

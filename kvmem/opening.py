@@ -48,7 +48,11 @@ def open_model(model: Any, tokenizer: Any, settings: Settings, overrides: Mappin
 def open_backend(model: AnyModel, store: Store, namespace: str, typesetter: Typesetter) -> Backend:
     """What runs a namespace's prompts: this process, or the server that has the model."""
     if not isinstance(model, LanguageModel):
-        return model.backend(namespace)
+        from kvmem.vllm import VLLMBackend, VLLMModel  # an extra
+
+        if not isinstance(model, VLLMModel):
+            raise InputError(f"A {type(model).__name__} cannot be run. Give a LanguageModel or a VLLMModel.")
+        return VLLMBackend(model, namespace)
     # Both are looked up by the first question otherwise, which would wait for them.
     _ = model.fingerprint, model.anatomy
     if not model.blendable and model not in _warned:

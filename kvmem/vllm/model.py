@@ -7,7 +7,7 @@ import json
 import uuid
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -15,9 +15,6 @@ from kvmem.any_model import AnyModel
 from kvmem.errors import ModelError, ModelNotFoundError, RemoteError, first_line
 from kvmem.settings import RemoteSettings
 from kvmem.vllm.server import VLLMServer
-
-if TYPE_CHECKING:
-    from kvmem.vllm.backend import VLLMBackend
 
 # The first that knows `structured_outputs` and tells the token ids of an answer. `cache_salt`, without which namespaces
 # would share what they cached, is older.
@@ -71,11 +68,6 @@ class VLLMModel(AnyModel):
         vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
         parts = [self.server.model, vocabulary, str(self.tokenizer.chat_template)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-
-    def backend(self, namespace: str) -> VLLMBackend:
-        from kvmem.vllm.backend import VLLMBackend
-
-        return VLLMBackend(self, namespace)
 
     def close(self) -> None:
         self.server.close()
