@@ -27,6 +27,9 @@ class Usage:
     generated: tokens of the answer.
     token_layers: the model's work before generation, in tokens x layers. It holds what the four classes do not
         show: that the question is read once more, through some of the layers, to find what it attends to.
+
+    Of a model on a vLLM server: exact is what was in its prefix cache, computed the rest, and token_layers 0, since it
+    tells none.
     """
 
     exact: int

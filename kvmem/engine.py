@@ -41,6 +41,7 @@ class KVMem:
 
     model: a hub id, a local directory, a GGUF file, "smollm2", a `LanguageModel`, a transformers model (then with
         `tokenizer`), or the address of a vLLM server, `vllm://host:port/model`.
+    tokenizer: of a model object; of a model on a server, also by its directory or hub id.
     store: a directory, a `Store`, or None to keep everything in memory only.
     settings: a `Settings`; any of its fields may also be given by name, and those of `ModelSettings`, `StoreSettings`
         and `RemoteSettings` too.
@@ -55,7 +56,7 @@ class KVMem:
         model: str | os.PathLike[str] | AnyModel | PreTrainedModel,
         store: str | os.PathLike[str] | Store | None = None,
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
         settings: Settings | None = None,
         retriever: Retriever | None = None,
         **overrides: Any,

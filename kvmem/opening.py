@@ -36,10 +36,15 @@ def open_model(model: Any, tokenizer: Any, settings: Settings, overrides: Mappin
     if isinstance(model, (str, os.PathLike)):
         name = os.fspath(model)
         if not is_remote(name):
+            if tokenizer is not None:
+                raise InputError(f"{name!r} has a tokenizer of its own. Leave tokenizer out, or load both yourself.")
             return LanguageModel.load(name, settings.model), False
         from kvmem.vllm import VLLMModel  # an extra
 
-        return VLLMModel.connect(name, settings.remote, tokenizer), True
+        remote = settings.remote
+        if isinstance(tokenizer, str):
+            remote, tokenizer = remote.model_copy(update={"tokenizer": tokenizer}), None
+        return VLLMModel.connect(name, remote, tokenizer), True
     if tokenizer is None:
         raise InputError("A model object needs its tokenizer: KVMem(model, store, tokenizer=tokenizer).")
     return LanguageModel(model, tokenizer, settings=settings.model), False

@@ -578,3 +578,10 @@ def test_sources_that_were_retrieved_can_be_the_context(mem: KVMem) -> None:
     mem.update("pets", "Cats are not allowed.")
     with pytest.raises(InputError, match="not in the corpus any more"):
         mem.ask("Are pets allowed?", context=sources)
+
+
+def test_a_named_model_takes_no_other_tokenizer(saved_model: str, model: LanguageModel) -> None:
+    """It would be ignored otherwise."""
+    for tokenizer in (model.tokenizer, saved_model):
+        with pytest.raises(InputError, match="a tokenizer of its own"):
+            KVMem(saved_model, tokenizer=tokenizer)

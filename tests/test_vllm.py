@@ -28,7 +28,7 @@ from kvmem.serve.app import create_app
 from kvmem.store import MemoryStore
 from kvmem.vllm import VLLMModel
 from langchain_kvmem import CachedContextChain, ChatKVMem
-from llama_index_kvmem import KVMemQueryEngine
+from llama_index_kvmem import KVMemLLM, KVMemQueryEngine
 
 pytestmark = [pytest.mark.enable_socket]
 
@@ -205,10 +205,10 @@ def test_a_server_that_lacks_something_is_refused(
 
 def test_addresses_keys_and_names(saved_model: str) -> None:
     """The only model needs no name; a key is sent; what is not there is told."""
-    server = FakeVLLM(saved_model, key="secret-key")
+    server = FakeVLLM("/no/where", key="secret-key")
     with running(server.app()) as address:
         url = address.replace("http", "vllm")
-        with KVMem(url, api_key="secret-key", max_tokens=2, tokenizer=None) as mem:
+        with KVMem(url, api_key="secret-key", max_tokens=2, tokenizer=saved_model) as mem:
             assert mem.ask("x", context=["y"]).text == "ab"
             assert "secret-key" not in repr(mem.settings)
         with pytest.raises(ModelNotFoundError, match="serves 'm', not 'other'"):
@@ -302,6 +302,9 @@ def test_chains_and_engines_need_another_model_string_only(url: str, tmp_path: P
     llm = ChatKVMem(model=url, max_tokens=3)
     assert llm.invoke("Hello").content == "abc"
     llm.engine.close()
+    other = KVMemLLM(model_name=url, max_new_tokens=3)
+    assert str(other.complete("Hello")) == "abc"
+    other.engine.close()
     engine = KVMemQueryEngine.from_documents([LlamaIndexDocument(text=FERRY * 3)], model=url)
     assert str(engine.query("When?")).startswith("abc")
     engine.mem.close()

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import signal
-import sys
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from pydantic import SecretStr
@@ -17,9 +13,6 @@ from kvmem import BlendSettings, InputError, LanguageModel, ModelSettings, Remot
 from kvmem.any_model import AnyModel
 from kvmem.console import Model, Threads, err, errors
 from kvmem.locate import is_remote
-
-# Connections at a time; more get 503.
-_CONNECTIONS = 1000
 
 
 def serve(
@@ -47,9 +40,8 @@ def serve(
     """Serve OpenAI's API: chats, completions, documents. Ctrl-C ends it."""
     with errors():
         try:
-            import uvicorn
-
             from kvmem.serve.app import create_app, longest_answer
+            from kvmem.serve.run import run
         except ImportError as error:
             raise InputError("The server needs more packages: pip install 'kvmem[serve]'.") from error
         from kvmem.serve.settings import ServeSettings, check_address, read_keys
@@ -78,18 +70,7 @@ def serve(
             app = create_app(loaded, opened, settings, limits)
             where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             err.print(f"{loaded.name} is served at http://{where}/v1 (Ctrl-C ends it)", highlight=False, markup=False)
-            # uvicorn raises the signal again when it is done, and the store is to be closed then.
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-            options: dict[str, Any] = {"access_log": False, "log_level": "warning", "limit_concurrency": _CONNECTIONS}
-            config = uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=5, **options)
-
-            class Server(uvicorn.Server):
-                async def shutdown(self, sockets: Any = None) -> None:
-                    await asyncio.to_thread(app.state.close)
-                    await super().shutdown(sockets)
-
-            with suppress(KeyboardInterrupt):
-                Server(config).run()
+            run(app, host, port)
         finally:
             opened.close()
             loaded.close()

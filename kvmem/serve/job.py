@@ -84,56 +84,43 @@ class Desk:
 
         Raises TimeoutError, QueueFullError, KVMemError.
         """
-        job = Job(self._deadline())
-        begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        job.owner = self.keep(self._own(job, namespace, start, begun))
+        job = Job(namespace, start, self._deadline())
+        job.owner = self.keep(self._own(job))
         try:
-            await asyncio.shield(begun)
+            await asyncio.shield(job.begun)
         except BaseException:
             job.close()
             raise
         return job
 
-    async def _own(
-        self,
-        job: Job,
-        namespace: str,
-        start: Callable[[KVMem, float], AnswerStream],
-        begun: asyncio.Future[None],
-    ) -> None:
+    async def _own(self, job: Job) -> None:
         """A job's whole turn."""
         try:
-            await self._enter(namespace, job.deadline)
+            await self._enter(job.namespace, job.deadline)
             job.entered = True
             try:
-                await self._run(job, namespace, start, begun)
+                await self._run(job)
             finally:
                 self.gate.leave()
         except BaseException as error:
-            if not begun.done():
-                begun.set_exception(error)
-                _ = begun.exception()  # there may be nobody left to look at it
+            if not job.begun.done():
+                job.begun.set_exception(error)
+                _ = job.begun.exception()  # there may be nobody left to look at it
 
-    async def _run(
-        self,
-        job: Job,
-        namespace: str,
-        start: Callable[[KVMem, float], AnswerStream],
-        begun: asyncio.Future[None],
-    ) -> None:
-        mem = await self.in_thread(lambda: self.tenants.take(namespace))
+    async def _run(self, job: Job) -> None:
+        mem = await self.in_thread(lambda: self.tenants.take(job.namespace))
         try:
-            stream = await self.in_thread(lambda: start(mem, max(0.001, job.deadline - time.monotonic())))
+            stream = await self.in_thread(lambda: job.start(mem, max(0.001, job.deadline - time.monotonic())))
             job.stream = stream
             if job.left:
                 stream.close()
-            if not begun.done():
-                begun.set_result(None)
+            if not job.begun.done():
+                job.begun.set_result(None)
             await stream.ended()
             blendable = not isinstance(mem.model, LanguageModel) or mem.model.blendable
             self.metrics.ended(stream, blendable)
         finally:
-            await self.in_thread(lambda: self.tenants.give_back(namespace))
+            await self.in_thread(lambda: self.tenants.give_back(job.namespace))
 
     async def _enter(self, namespace: str, deadline: float) -> None:
         began = time.monotonic()
@@ -159,14 +146,14 @@ class Desk:
     def close(self) -> None:
         """Cancel what runs, and wait for its end."""
         self.tenants.close()
-        self._pool.shutdown(wait=False)
 
 
 class Job:
-    """An answer. stream: there once it has its turn. deadline: `time.monotonic` seconds."""
+    """An answer. deadline: `time.monotonic` seconds. begun: done once it has its turn and a stream, or has failed."""
 
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
+    def __init__(self, namespace: str, start: Callable[[KVMem, float], AnswerStream], deadline: float) -> None:
+        self.namespace, self.start, self.deadline = namespace, start, deadline
+        self.begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.owner: asyncio.Task[None] | None = None
         self.stream: AnswerStream | None = None
         self.entered = self.left = False
