@@ -74,10 +74,14 @@ class AnyModel(ABC):
             ids = tuple(self.tokenizer("")["input_ids"][:1])
         return ids if ids and ids[0] == self.tokenizer.bos_token_id else ()
 
+    def is_beyond_window(self, characters: int) -> bool:
+        """Whether no text of so many characters fits the window, whatever it says."""
+        return characters > self.window and characters > self.window * self._longest_token
+
     @cached_property
-    def most_characters(self) -> int:
-        """No text of more characters fits the window, whatever it says."""
-        return self.window * max(map(len, self.tokenizer.get_vocab()))
+    def _longest_token(self) -> int:
+        """In characters."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     @cached_property
     def knows_tools(self) -> bool:

@@ -193,9 +193,9 @@ class RequestBuilder:
     ) -> tuple[Layout, int]:
         """Leave out the oldest turns until the rest fits beside the answer and a quarter window of context."""
         kept = messages
-        while (size := _characters(kept)) > self._model.most_characters and (shorter := without_oldest_turn(kept)):
+        while self._model.is_beyond_window(_characters(kept)) and (shorter := without_oldest_turn(kept)):
             kept = shorter
-        self._check_size(size)
+        self._check_size(_characters(kept))
         room = self._model.window - answer - min(context, self._model.window // 4)
         while True:
             self._model.poll()
@@ -206,7 +206,7 @@ class RequestBuilder:
 
     def _check_size(self, characters: int) -> None:
         """Raise PromptTooLongError for what need not be tokenised to see that it does not fit."""
-        if characters > self._model.most_characters:
+        if self._model.is_beyond_window(characters):
             raise PromptTooLongError(
                 f"The prompt has {characters} characters, more than the model's window of {self._model.window} tokens "
                 "can have. Shorten it, pass long text as context or add() it."
