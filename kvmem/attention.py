@@ -160,11 +160,9 @@ def attend(
     for block in step.blocks(sliding_window):
         rows = query[:, :, block.first : block.last]
         if observed or reference:
-            out, weights = _explicit(rows, key, value, block, scale, softcap, s_aux)
+            out, given = _explicit(rows, key, value, block, scale, softcap, s_aux)
             if observed and step.scores is not None:
-                heads = weights.shape[0] * weights.shape[1]
-                share = weights.sum(dim=(0, 1, 2)) / (heads * step.positions.numel())
-                step.scores[block.low : block.high] += share
+                step.scores[block.low : block.high] += given / (query.shape[1] * step.positions.numel())
         else:
             out = _masked(rows, key, value, block, scale)
         pieces.append(out)
@@ -219,23 +217,32 @@ def _split(q: Tensor, k: Tensor, v: Tensor, block: Block, groups: int, scale: fl
 def _explicit(
     q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention with its weights: ([1, m, heads, d], float32 weights [kv heads, group, m, keys])."""
+    """Attention written out: [1, m, heads, d], and how much each key got in all, float32 [keys].
+
+    One KV head after the other: the weights of all of them would not stay in the processor's cache.
+    """
     _, heads, m, dim = q.shape
     kv_heads = k.shape[1]
     groups = heads // kv_heads
-    k, v = k[:, :, block.low : block.high], v[:, :, block.low : block.high]
-    logits = (q.reshape(kv_heads, groups * m, dim) @ k[0].transpose(1, 2)).float()
-    logits = logits.mul_(scale).reshape(kv_heads, groups, m, -1)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits[..., block.edge - block.low :].masked_fill_(~block.mask(), float("-inf"))
-    if sinks is not None:
-        column = sinks.float().reshape(kv_heads, groups, 1, 1).expand(-1, -1, m, 1)
-        weights = torch.cat([logits, column], dim=-1).softmax(-1)[..., :-1]
-    else:
-        weights = logits.softmax(-1)
-    out = weights.to(v.dtype).reshape(kv_heads, groups * m, -1) @ v[0]
-    return out.reshape(1, heads, m, -1).transpose(1, 2).contiguous(), weights
+    k, v = k[0, :, block.low : block.high], v[0, :, block.low : block.high]
+    rows = q.reshape(kv_heads, groups * m, dim)
+    hidden = ~block.mask()
+    given = torch.zeros(k.shape[1], device=q.device)
+    pieces = []
+    for head in range(kv_heads):
+        logits = (rows[head] @ k[head].T).float().mul_(scale).view(groups, m, -1)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits[..., block.edge - block.low :].masked_fill_(hidden, float("-inf"))
+        if sinks is not None:
+            column = sinks.float().view(kv_heads, groups, 1, 1)[head].expand(-1, m, 1)
+            weights = torch.cat([logits, column], dim=-1).softmax(-1)[..., :-1]
+        else:
+            weights = logits.softmax(-1)
+        given += weights.sum(dim=(0, 1))
+        pieces.append(weights.to(v.dtype).reshape(groups * m, -1) @ v[head])
+    out = torch.stack(pieces).reshape(1, heads, m, -1)
+    return out.transpose(1, 2).contiguous(), given
 
 
 AttentionInterface.register(ATTENTION, attend)
