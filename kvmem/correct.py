@@ -12,22 +12,27 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kvmem.cache import BlendedLayer
 from kvmem.rope import Rope, Turn
 from kvmem.settings import BlendSettings
 
 _NEGLIGIBLE = 0.02
+# Products are of few shapes, whatever the chunks' lengths: for each that is new, the CPU's library generates code.
+_ROWS, _SAMPLES = 64, 16
 
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """Rows [start, end) and the samples [first, last) that move them; weights [rows, samples]."""
+    """Rows [start, end), and the samples from `first` on that move them.
+
+    weights: [rows, samples], with zeros beyond both up to round numbers.
+    """
 
     start: int
     end: int
     first: int
-    last: int
     weights: Tensor
 
 
@@ -62,9 +67,11 @@ class LocalCorrection:
         group = layer.group
         # One row per sample, all heads side by side: one product per chunk.
         moved = torch.cat([moved_keys, moved_values], dim=-1).to(layer.dtype).transpose(0, 1).reshape(count, -1)
+        moved = F.pad(moved, (0, 0, 0, _SAMPLES))
         for number, block in enumerate(self._blocks):
             # Chunk by chunk, what is added stays in the processor's cache.
-            rows = block.weights.mm(moved[block.first : block.last])
+            rows = block.weights.mm(moved[block.first : block.first + block.weights.shape[1]])
+            rows = rows[: block.end - block.start]
             added = rows.view(-1, group.kv_heads, group.key_dim + group.value_dim).transpose(0, 1)
             keys = layer.keys[0, :, block.start : block.end]
             if turns is None:
@@ -97,4 +104,5 @@ def _weigh(selected: Tensor, start: int, end: int, settings: BlendSettings, dtyp
     weights = kernel / (kernel.sum(dim=1, keepdim=True) + settings.shrinkage)
     weights[weights.sum(dim=1) <= _NEGLIGIBLE] = 0.0
     weights[samples - start] = 0.0
-    return _Block(start, end, first, last, weights.to(dtype))
+    spare = (-weights.shape[1] % _SAMPLES, -weights.shape[0] % _ROWS)
+    return _Block(start, end, first, F.pad(weights, (0, spare[0], 0, spare[1])).to(dtype))

@@ -85,7 +85,9 @@ def test_weights_decay_shrink_and_spare_the_samples() -> None:
     """Rows near a sample move most, sampled rows not at all, far rows not at all."""
     block = _weigh(torch.tensor([5, 100, 110, 700]), 90, 600, BlendSettings(reach=20.0, shrinkage=2.0), torch.float32)
     assert block is not None
-    assert (block.first, block.last) == (1, 3)
+    assert block.first == 1
+    assert block.weights[:, 2:].abs().max() == 0.0
+    assert block.weights[510:].abs().max() == 0.0
     strength = block.weights.sum(dim=1)
     assert strength[10] == strength[20] == 0.0
     assert strength[11] > strength[60] > strength[90] > 0.0
@@ -114,6 +116,23 @@ def test_a_uniform_change_is_carried_to_the_neighbours_in_the_keys_own_frame() -
     assert torch.allclose(unrotated, change.expand(2, len(others), 16), atol=1e-3)
     assert torch.allclose(layer.values[0][:, others], values[:, :1].expand(2, len(others), 16), atol=1e-3)
     assert layer.keys[0][:, selected].abs().max() == 0.0
+
+
+def test_chunks_are_moved_by_their_own_samples_only() -> None:
+    """Chunks of any length, side by side: a change in one does not reach over its edge."""
+    layer = tiny_model().new_cache(120).blended[1]
+    layer.keys.zero_()
+    layer.values.zero_()
+    selected = torch.tensor([2, 9, 30, 45, 100])
+    values = torch.tensor([1.0, 1.0, -1.0, -1.0, 2.0])[:, None].expand(1, 2, 5, 16)
+    segments = [(0, 23), (23, 90), (90, 119)]
+    LocalCorrection(selected, segments, BlendSettings(), torch.float32).apply(layer, torch.zeros(1, 2, 5, 16), values)
+    others = torch.tensor([p for p in range(119) if p not in selected])
+    for (start, end), sign in zip(segments, (1.0, -1.0, 2.0), strict=True):
+        moved = layer.values[0][:, others[(others >= start) & (others < end)]] / sign
+        assert moved.min() >= 0.0
+        assert 0.3 < moved.max() <= 1.0
+    assert layer.values[0, :, 119].abs().max() == 0.0
 
 
 def test_layer_zero_is_never_corrected() -> None:
