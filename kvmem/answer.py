@@ -48,9 +48,9 @@ class Usage:
 class Timings:
     """Seconds. All begin at the call.
 
-    prepare: until the plan stands. stitch: loading, moving and reading chunks. repair: choosing and recomputing
-    tokens and reading the question, up to the first token. first_token: from the call until the first token of the
-    answer, the sum of the three.
+    prepare: until the plan stands. stitch: finding caches, and reading chunks that have none. repair: choosing and
+    recomputing tokens and reading the question, up to the first token; caches are loaded beside it.
+    first_token: from the call until the first token of the answer, the sum of the three.
     total: until the answer is complete and everything new is stored.
     """
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
+from threading import Lock, Thread
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLaye
 
 from kvmem.attention import Step
 from kvmem.entry import EntryKey, KVEntry
-from kvmem.rope import Rope
+from kvmem.rope import Rope, Turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +47,38 @@ class Correction(Protocol):
         """Change `layer`'s rows in place, before the new rows [1, kv heads, m, dim] are written."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Move:
+    """Rows of an entry on their way to [start, end): of one group of layers, with the rotation that they share."""
+
+    keys: Tensor
+    values: Tensor
+    rope: Rope | None
+    old_start: int
+    start: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.keys.shape[2]
+
+    @cached_property
+    def turn(self) -> Turn | None:
+        if self.rope is None or self.start == self.old_start:
+            return None
+        rows = torch.arange(self.keys.shape[2])
+        return self.rope.move(rows + self.old_start, rows + self.start)
+
+    def copy(self, place: int, keys: Tensor, values: Tensor) -> None:
+        """Copy the rows of the group's layer number `place` into its buffers; keys are rotated in float32."""
+        keys[0, :, self.start : self.end] = self.keys[place] if self.turn is None else self.turn.apply(self.keys[place])
+        values[0, :, self.start : self.end] = self.values[place]
+
+
 class BlendedLayer(CacheLayerMixin):
-    """One layer: `keys` and `values` are [batch, kv heads, capacity, dim]; the first `length` rows are valid."""
+    """One layer: `keys` and `values` are [batch, kv heads, capacity, dim]; the first `length` rows are valid.
+
+    Rows that were asked for by `expect` are there when `keys` or `values` is looked at.
+    """
 
     is_croppable = True
 
@@ -61,12 +94,55 @@ class BlendedLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.index, self.group, self._poll = index, group, poll
         self.dtype, self.device = dtype, device
-        self.keys: Tensor = torch.empty((1, group.kv_heads, capacity, group.key_dim), dtype=dtype, device=device)
-        self.values: Tensor = torch.empty((1, group.kv_heads, capacity, group.value_dim), dtype=dtype, device=device)
+        self._expected: deque[tuple[_Move, int]] = deque()
+        self._copying = Lock()
+        self.keys = torch.empty((1, group.kv_heads, capacity, group.key_dim), dtype=dtype, device=device)
+        self.values = torch.empty((1, group.kv_heads, capacity, group.value_dim), dtype=dtype, device=device)
         self.length = 0
         self.is_initialized = True
         self.step: Step | None = None
         self.correction: Correction | None = None
+
+    @property
+    def keys(self) -> Tensor:
+        self.settle()
+        return self._keys
+
+    @keys.setter
+    def keys(self, rows: Tensor) -> None:
+        self._keys = rows
+
+    @property
+    def values(self) -> Tensor:
+        self.settle()
+        return self._values
+
+    @values.setter
+    def values(self, rows: Tensor) -> None:
+        self._values = rows
+
+    @property
+    def capacity(self) -> int:
+        return self._keys.shape[2]
+
+    @property
+    def is_expecting(self) -> bool:
+        """Whether rows are still to be copied."""
+        return bool(self._expected)
+
+    def expect(self, move: _Move, place: int) -> None:
+        """Have rows copied before the next look at `keys` or `values`."""
+        self._expected.append((move, place))
+
+    def settle(self) -> None:
+        """Copy what is expected, in the order it was asked for; from any thread."""
+        if not self._expected:
+            return
+        with self._copying:
+            while self._expected:
+                move, place = self._expected[0]
+                move.copy(place, self._keys, self._values)
+                self._expected.popleft()
 
     @property
     def is_sliding(self) -> bool:
@@ -113,9 +189,9 @@ class BlendedLayer(CacheLayerMixin):
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` rows, keeping the valid ones."""
-        if capacity <= self.keys.shape[2]:
+        if capacity <= self.capacity:
             return
-        capacity = max(capacity, self.keys.shape[2] * 3 // 2)
+        capacity = max(capacity, self.capacity * 3 // 2)
         for name in ("keys", "values"):
             old: Tensor = getattr(self, name)
             grown = old.new_empty((*old.shape[:2], capacity, old.shape[3]))
@@ -186,7 +262,7 @@ class BlendedCache(Cache):
 
     @property
     def capacity(self) -> int:
-        return min(layer.keys.shape[2] for layer in self.blended)
+        return min(layer.capacity for layer in self.blended)
 
     def reserve(self, capacity: int) -> None:
         for layer in self.blended:
@@ -204,21 +280,29 @@ class BlendedCache(Cache):
                 layer.step = layer.correction = None
 
     def load(self, entry: KVEntry, start: int) -> None:
-        """Copy an entry's rows to [start, start + n), its keys re-rotated (in float32) to stand there."""
-        end = start + len(entry.token_ids)
+        """Put an entry's rows at [start, start + n), its keys re-rotated (in float32) to stand there.
+
+        They are copied when a layer is first looked at, or before that by `load_ahead`.
+        """
         for number, group in enumerate(self.groups):
-            turn = None
-            if group.rope is not None and start != entry.start:
-                rows = torch.arange(len(entry.token_ids))
-                turn = group.rope.move(rows + entry.start, rows + start)
-            keys, values = entry.keys[number], entry.values[number]
+            move = _Move(entry.keys[number], entry.values[number], group.rope, entry.start, start)
             for place, index in enumerate(group.layers):
-                layer = self._kept[index]
-                layer.keys[0, :, start:end] = keys[place] if turn is None else turn.apply(keys[place])
-                layer.values[0, :, start:end] = values[place]
+                self._kept[index].expect(move, place)
         pairs = zip(entry.states[::2], entry.states[1::2], strict=True)
         for recurrent, (convolved, remembered) in zip(self.recurrent.values(), pairs, strict=True):
             _restore(recurrent, convolved.to(self.device), remembered.to(self.device))
+
+    def load_ahead(self) -> None:
+        """Copy what is to be loaded, layer by layer, beside whatever reads the first of them."""
+
+        def settle() -> None:
+            # What cannot be copied is still expected, and whoever needs it meets the error.
+            with suppress(Exception):
+                for layer in self.blended:
+                    layer.settle()
+
+        if any(layer.is_expecting for layer in self.blended):
+            Thread(target=settle, name="kvmem-load").start()
 
     @property
     def device(self) -> torch.device:

@@ -169,6 +169,7 @@ class Composer:
             pairs = zip(resident.token_ids[cache.length :], query[:-1], strict=False)
             stitched.known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             cache.length += stitched.known
+        cache.load_ahead()
         return stitched
 
     def _place_exact(

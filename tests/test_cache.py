@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import DynamicCache
 from kvmem import LanguageModel
 from kvmem.attention import ATTENTION, Step
 from kvmem.cache import BlendedCache
-from kvmem.entry import Context, EntryKey, digest_tokens
+from kvmem.entry import Context, EntryKey, KVEntry, digest_tokens
 from kvmem.testing import tiny_model
 
 IDS = torch.randint(3, 300, (60,), generator=torch.Generator().manual_seed(3))
@@ -120,6 +121,59 @@ def keys_read_at(model: LanguageModel, span: tuple[int, ...], start: int, cache:
             torch.tensor([span]), position_ids=positions, past_key_values=reading, use_cache=True, **options
         )
     return recorded
+
+
+def entries(model: LanguageModel, count: int) -> list[KVEntry]:
+    """Spans of 20 tokens, each read alone."""
+    found = []
+    for number in range(count):
+        span = tuple(IDS[20 * number : 20 * number + 20].tolist())
+        cache = model.new_cache(20)
+        model.append(span, cache)
+        found.append(cache.entry(EntryKey("n", "m", Context().digest, digest_tokens(span)), span, 0, ()))
+    return found
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_rows_are_loaded_in_the_order_asked_for_whoever_copies_them(model: LanguageModel, ahead: bool) -> None:
+    """What is asked for last stays, also where rows overlap and where the buffer grows in between."""
+    first, second, third = entries(model, 3)
+    cache = model.new_cache(40)
+    cache.load(first, 5)
+    cache.load(second, 15)
+    cache.length = 35
+    if ahead:
+        cache.load_ahead()
+    cache.reserve(200)
+    cache.load(third, 100)
+    if ahead:
+        cache.load_ahead()
+    for number, layer in enumerate(cache.blended):
+        assert torch.equal(layer.values[0, :, 5:15], first.values[0][number][:, :10])
+        assert torch.equal(layer.values[0, :, 15:35], second.values[0][number])
+        assert torch.equal(layer.values[0, :, 100:120], third.values[0][number])
+
+
+def test_reserving_room_that_is_there_copies_nothing(model: LanguageModel) -> None:
+    """Planning a prompt does not wait for what is loaded beside it."""
+    (entry,) = entries(model, 1)
+    cache = model.new_cache(40)
+    cache.load(entry, 0)
+    cache.reserve(40)
+    assert cache.capacity == 40
+    assert all(layer.is_expecting for layer in cache.blended)
+
+
+def test_a_copy_that_fails_is_met_by_whoever_looks(model: LanguageModel) -> None:
+    """No row that is missing is taken for one that is there, however often it is looked at."""
+    (entry,) = entries(model, 1)
+    broken = replace(entry, values=tuple(v[..., :-1] for v in entry.values))
+    cache = model.new_cache(40)
+    cache.load(broken, 0)
+    cache.load_ahead()
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            _ = cache.blended[0].keys
 
 
 def test_growing_keeps_the_rows(model: LanguageModel) -> None:
