@@ -27,13 +27,14 @@ from kvmem.cache import BlendedCache, Correction
 from kvmem.entry import FORMAT_VERSION
 from kvmem.errors import InputError, ModelError, ModelNotFoundError, first_line
 from kvmem.locate import is_remote, locate
+from kvmem.pack import can_pack, pack
 from kvmem.settings import ModelSettings
 
 
 class LanguageModel(AnyModel):
     """A loaded causal model with its tokenizer, in this process.
 
-    hf: the transformers model, unmodified and in eval mode.
+    hf: the transformers model in eval mode, unmodified, but that `load` packs weights (see `kvmem.pack`).
     """
 
     def __init__(
@@ -101,7 +102,16 @@ class LanguageModel(AnyModel):
                     f"{name!r} cannot be moved to device {settings.device!r}: {first_line(error)}. "
                     "Give device='cpu', or one that torch sees."
                 ) from error
-        return cls(hf, tokenizer, name, settings)
+        model = cls(hf, tokenizer, name, settings)
+        if settings.packed:
+            model.pack()
+        return model
+
+    def pack(self) -> None:
+        """Bring weights into the layout that the processor's matrix kernels read, where there is one."""
+        if can_pack():
+            _ = self.fingerprint  # reads the weights, which cannot be read afterwards
+            pack(self.hf)
 
     @property
     def device(self) -> torch.device:

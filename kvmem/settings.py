@@ -92,6 +92,9 @@ class ModelSettings(_Frozen):
     dtype: "auto" keeps the checkpoint's own; else "bfloat16", "float16" or "float32".
     device: "auto" is CUDA when there is one, else the CPU. device_map is handed to transformers as it is.
     threads: CPU threads for torch; None leaves torch's own choice.
+    packed: bfloat16 weights on a CPU are kept in the layout that its matrix kernels read, in memory of this process.
+        The model says the same, sooner. But `LanguageModel.hf` can then be run only, and not be copied, saved or
+        converted; and processes that run one model do not share the pages of its file.
     attention: the arithmetic of attention over a blended cache; "eager" is the slow reference.
     """
 
@@ -99,6 +102,7 @@ class ModelSettings(_Frozen):
     device: str = "auto"
     device_map: str | dict[str, Any] | None = None
     threads: int | None = Field(default=None, ge=1)
+    packed: bool = True
     attention: AttentionName = "sdpa"
     revision: str | None = None
     trust_remote_code: bool = False
