@@ -44,7 +44,7 @@ def speed(
     data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
     model: Model = "smollm2",
     size: Annotated[list[int] | None, typer.Option(help="Prompt tokens, about; may be repeated.")] = None,
-    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
 ) -> None:

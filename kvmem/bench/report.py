@@ -85,32 +85,39 @@ def _fidelity(result: dict[str, Any]) -> list[str]:
 
 
 def _speed(result: dict[str, Any]) -> list[str]:
+    ratios = ("ratio", "ratio_median", "ratio_again", "floor", "kernels")
     rows = [
         (
             f"{row['prompt_tokens']:.0f}",
             row["way"],
-            f"{row['ratio']:.3f}",
-            f"{row['ratio_again']:.3f}",
-            f"{row['floor']:.3f}",
-            f"{row['kernels']:.3f}" if "kernels" in row else "",
+            *(f"{row[name]:.3f}" for name in ratios),
             f"{row['decode_ratio']:.2f}",
+            f"{row['decode_ratio_packed']:.2f}",
             "" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}",
         )
         for row in result["summary"]
     ]
+    names = ("tokens", "", "first token", "median", "second call", "floor", "kernels", "decode", "packed", "memory")
     return [
         f"## Speed: {result['model']}",
         "",
         "Time to the first token, from the call, chunks on disk and the process fresh, divided by that of "
-        "`model.generate` reading the same tokens in the same process; then the same for a second call. The floor is what "
+        "`model.generate` reading the same tokens in the same process, a model loaded as transformers does: the best of "
+        f"{result['settings']['repeats']} processes divided by the best of as many readings, the median of the single "
+        "ratios, and the best of a second call. The floor is what "
         "no implementation can avoid: the share of tokens x layers computed, plus copying the KV once. Kernels is what "
         "torch's matrix products and its attention alone take here for the tokens computed: recomputed tokens stand in the "
         "middle of the prompt on average and see as many keys each as full prefill's. Decode is the time "
-        "per token on the blended cache divided by that on transformers' own. Memory is weights and what the answer took "
+        "per token on the blended cache divided by that on transformers' own, first with that model, then with weights "
+        "packed as kvmem's are. Memory is weights and what the answer took "
         "at its peak, divided by weights and one KV of the prompt.",
         "",
+        *_table(names, rows),
+        "",
+        "What packing alone gives: a forward of so many tokens with packed weights, divided by one with plain weights.",
+        "",
         *_table(
-            ("tokens", "", "first token ÷ full", "second call ÷ full", "floor", "kernels", "decode", "memory"), rows
+            ("tokens", "packed ÷ plain"), [(str(row["tokens"]), f"{row['ratio']:.2f}") for row in result["packing"]]
         ),
     ]
 
