@@ -1,7 +1,7 @@
 """Packing: the weights of linear layers in the layout that the CPU's matrix kernels read.
 
-Plain weights are brought into that layout by every call anew. With the few rows of a question or of one decoded token
-that takes as long as the product itself.
+Plain weights are brought into that layout by every call anew, which counts where a call has few rows: those of a
+question, or of one decoded token.
 """
 
 from __future__ import annotations

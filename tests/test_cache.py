@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from dataclasses import replace
 
 import pytest
@@ -152,6 +153,20 @@ def test_rows_are_loaded_in_the_order_asked_for_whoever_copies_them(model: Langu
         assert torch.equal(layer.values[0, :, 5:15], first.values[0][number][:, :10])
         assert torch.equal(layer.values[0, :, 15:35], second.values[0][number])
         assert torch.equal(layer.values[0, :, 100:120], third.values[0][number])
+
+
+def test_what_is_loaded_ahead_is_there_before_anyone_looks(model: LanguageModel) -> None:
+    """Another thread copies every layer's rows."""
+    (entry,) = entries(model, 1)
+    cache = model.new_cache(40)
+    cache.load(entry, 3)
+    cache.load_ahead()
+    for thread in threading.enumerate():
+        if thread.name == "kvmem-load":
+            thread.join()
+    assert not any(layer.is_expecting for layer in cache.blended)
+    for number, layer in enumerate(cache.blended):
+        assert torch.equal(layer._values[0, :, 3:23], entry.values[0][number])
 
 
 def test_reserving_room_that_is_there_copies_nothing(model: LanguageModel) -> None:

@@ -13,6 +13,7 @@ from helpers import open_mem
 
 import kvmem
 from kvmem import AnswerTimeoutError, BlendSettings, InputError, KVMem, LanguageModel, Prefill, select
+from kvmem.cache import BlendedLayer
 from kvmem.store import MemoryStore
 from kvmem.testing import same_entry, tiny_model
 
@@ -585,3 +586,25 @@ def test_a_named_model_takes_no_other_tokenizer(saved_model: str, model: Languag
     for tokenizer in (model.tokenizer, saved_model):
         with pytest.raises(InputError, match="a tokenizer of its own"):
             KVMem(saved_model, tokenizer=tokenizer)
+
+
+def test_caches_are_loaded_beside_the_model(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt whose caches are in the store has them copied by a thread that runs no model."""
+    store, context = MemoryStore(), ["The rent is due on the first of the month. " * 4]
+    with KVMem(model, store) as mem:
+        cold = mem.prefill("When?", context=context)
+    threads: set[str] = set()
+    settle = BlendedLayer.settle
+
+    def watched(layer: BlendedLayer) -> None:
+        threads.add(threading.current_thread().name)
+        settle(layer)
+
+    monkeypatch.setattr(BlendedLayer, "settle", watched)
+    with KVMem(model, store) as mem:
+        warm = mem.prefill("When?", context=context)
+    for thread in threading.enumerate():
+        if thread.name == "kvmem-load":
+            thread.join()
+    assert "kvmem-load" in threads
+    assert torch.allclose(warm.logits, cold.logits, atol=1e-4)
