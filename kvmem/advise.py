@@ -13,6 +13,7 @@ from kvmem.compose import Composer
 from kvmem.entry import Context
 from kvmem.model import LanguageModel
 from kvmem.prompt import Span
+from kvmem.settings import BlendSettings
 from kvmem.store.base import Store
 
 _QUESTION = 40
@@ -51,7 +52,7 @@ class Wanted:
     updates: float = 0.0
     update_tokens: int = 600
     rag_tokens: int = 2000
-    recompute: float = 0.1
+    recompute: float = BlendSettings().share
 
 
 @dataclass(frozen=True)

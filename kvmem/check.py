@@ -41,7 +41,7 @@ QUESTIONS = (
     "Who gave the fountain in the market?",
     "How often does the lighthouse flash?",
 )
-BUDGETS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+BUDGETS = (0.02, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)
 # A budget is enough when it leaves less than a fifth of the divergence of plain reuse, or less than this many nats.
 ENOUGH_SHARE, ENOUGH_NATS = 0.2, 0.005
 # bfloat16 alone moves the next token's distribution by about a thousandth of a nat.

@@ -31,7 +31,7 @@ class BlendSettings(_Frozen):
     """
 
     selector: SelectorName = "query"
-    recompute: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = 0.1
+    recompute: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = 0.07
     correction: bool | None = None
     reach: float = Field(default=48.0, gt=0)
     shrinkage: float = Field(default=0.3, gt=0)

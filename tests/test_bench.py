@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvmem import InputError, LanguageModel
-from kvmem.bench import fidelity, task
+from kvmem import BlendSettings, InputError, KVMemError, LanguageModel
+from kvmem.bench import fidelity, speed, task
 from kvmem.bench.common import bootstrap, load_questions, write_json
 from kvmem.bench.report import render
 from kvmem.testing import tiny_model
@@ -67,6 +67,30 @@ def test_the_task_counts_right_answers_and_finds_that_all_is_full_prefill() -> N
     assert titled == pytest.approx(
         [row["margins"]["full prefill, with titles"] for row in result["examples"]], abs=1e-3
     )
+
+
+def test_what_is_measured_as_the_default_is_the_default() -> None:
+    """The speed of the default has its share in its name, and its fidelity and its answers are measured too."""
+    share = BlendSettings().share
+    assert speed.WAYS[f"default, {share:.0%}"][1] == "query"
+    for variants in (fidelity.VARIANTS, task.VARIANTS):
+        assert BlendSettings.parse(variants[f"query {share:.0%}"]) == BlendSettings()
+
+
+@pytest.mark.parametrize(("size", "passages"), [(1, 1), (140, 1), (160, 2), (390, 4)])
+def test_prompts_whose_speed_is_measured_come_as_near_to_their_size_as_whole_passages_do(
+    data: Path, size: int, passages: int
+) -> None:
+    """Passages of a hundred tokens; the next question's follow when one has no more."""
+    questions = load_questions(data)
+    model = tiny_model()
+    tokens = [len(model.tokenizer(p).input_ids) for q in questions for p in q.passages]
+    assert {90 < count < 110 for count in tokens} == {True}, tokens
+    text = speed._text(model, questions, size)
+    assert len(text["passages"]) == passages
+    assert text["question"] == "What is red?"
+    with pytest.raises(KVMemError, match="less than 9000"):
+        speed._text(model, questions, 9000)
 
 
 def test_questions_that_cannot_be_read_are_an_error_with_an_example(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from kvmem.answer import Prefill
 from kvmem.errors import InputError
 from kvmem.model import LanguageModel
+from kvmem.settings import BlendSettings
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def describe(model: LanguageModel, **settings: Any) -> dict[str, Any]:
         "machine": {"cpu": _cpu(), "cores": torch.multiprocessing.cpu_count(), "system": platform.system()},
         "versions": {name: version(name) for name in ("kvmem", "torch", "transformers")},
         "python": platform.python_version(),
+        "default_recompute": BlendSettings().share,
         "settings": settings,
     }
 

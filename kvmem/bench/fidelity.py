@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "deviation 10% + correction": {"selector": "deviation", "recompute": 0.10, "correction": True},
     "query 10%, no correction": {"selector": "query", "recompute": 0.10, "correction": False},
     "query 5%": {"selector": "query", "recompute": 0.05},
+    "query 7%": {"selector": "query", "recompute": 0.07},
     "query 10%": {"selector": "query", "recompute": 0.10},
     "query 20%": {"selector": "query", "recompute": 0.20},
     "all": {"selector": "all"},

@@ -34,7 +34,8 @@ def _provenance(path: Path, result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     machine = result["machine"]
     where = f"{machine['cpu'] or 'unknown CPU'}, {machine['cores']} cores, {result['threads']} thread(s)"
-    return f"*{path.name}: {result['dtype']} on {result['device']}, {where}; {versions}.*"
+    blend = f", the default recomputes {result['default_recompute']:.0%}" if "default_recompute" in result else ""
+    return f"*{path.name}: {result['dtype']} on {result['device']}, {where}{blend}; {versions}.*"
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -319,7 +320,7 @@ def _serve(result: dict[str, Any]) -> list[str]:
 def _scale(result: dict[str, Any], directory: Path) -> list[str]:
     measured = json.loads((directory / result["measured"]).read_text(encoding="utf-8"))
     ratios = {row["way"]: row["ratio"] for row in measured["summary"] if row["size"] == result["measured_size"]}
-    ways = {"full prefill": 1.0, "kvmem, blended": ratios["default, 10%"], "kvmem, exact": ratios["exact"]}
+    ways = {"full prefill": 1.0, "kvmem, blended": ratios["default, 7%"], "kvmem, exact": ratios["exact"]}
     device, rows = result["device"], []
     for model in result["models"]:
         found = need(model, result, ways)

@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"selector": "none"},
     "deviation 15%": {"selector": "deviation", "recompute": 0.15},
     "query 5%": {"selector": "query", "recompute": 0.05},
+    "query 7%": {"selector": "query", "recompute": 0.07},
     "query 10%": {"selector": "query", "recompute": 0.10},
     "query 20%": {"selector": "query", "recompute": 0.20},
     "all": {"selector": "all"},
