@@ -86,7 +86,16 @@ def test_keys_moved_equal_keys_computed_there(smollm2: LanguageModel) -> None:
 def test_blending_is_nearer_to_full_prefill_than_plain_reuse(smollm2: LanguageModel, tmp_path: Path) -> None:
     """Mean divergence over questions: the default at least halves that of reuse without repair."""
     context = parts("espresso-machine.md", 6)
-    questions = ["How many litres does the tank hold?", "How long does heating up take?", "How wide is the basket?"]
+    questions = [
+        "How many litres does the tank hold?",
+        "How long does heating up take?",
+        "How wide is the basket?",
+        "How often is it cleaned?",
+        "What does the red lamp mean?",
+        "Which pressure does the pump give?",
+        "How fine is the coffee ground?",
+        "What is the warranty?",
+    ]
     total = {"none": 0.0, "query": 0.0}
     with KVMem(smollm2, tmp_path / "kv") as mem:
         mem.prefill("?", context=context)
