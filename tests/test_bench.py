@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from kvmem import BlendSettings, InputError, KVMemError, LanguageModel
 from kvmem.bench import fidelity, speed, task
@@ -91,6 +94,19 @@ def test_prompts_whose_speed_is_measured_come_as_near_to_their_size_as_whole_pas
     assert text["question"] == "What is red?"
     with pytest.raises(KVMemError, match="less than 9000"):
         speed._text(model, questions, 9000)
+
+
+def test_the_speed_of_everything_can_be_read_in_eighty_columns() -> None:
+    """No cell of the table of the results beside the page is cut or broken."""
+    result = json.loads((Path(__file__).parents[1] / "docs" / "benchmarks" / "speed-smollm2.json").read_text())
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(speed.table(result))
+    text = console.export_text()
+    assert "…" not in text
+    for row in result["summary"]:
+        assert re.search(
+            rf"{row['prompt_tokens']:.0f} +{row['way']} +{row['ratio']:.3f} .*{row['memory_ratio']:.2f}", text
+        )
 
 
 def test_questions_that_cannot_be_read_are_an_error_with_an_example(tmp_path: Path) -> None:

@@ -320,7 +320,8 @@ def _serve(result: dict[str, Any]) -> list[str]:
 def _scale(result: dict[str, Any], directory: Path) -> list[str]:
     measured = json.loads((directory / result["measured"]).read_text(encoding="utf-8"))
     ratios = {row["way"]: row["ratio"] for row in measured["summary"] if row["size"] == result["measured_size"]}
-    ways = {"full prefill": 1.0, "kvmem, blended": ratios["default, 7%"], "kvmem, exact": ratios["exact"]}
+    blended = next(ratio for way, ratio in ratios.items() if way.startswith("default"))
+    ways = {"full prefill": 1.0, "kvmem, blended": blended, "kvmem, exact": ratios["exact"]}
     device, rows = result["device"], []
     for model in result["models"]:
         found = need(model, result, ways)

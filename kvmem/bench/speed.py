@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from transformers import DynamicCache
 
@@ -292,17 +293,14 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The summary, for a terminal."""
-    title = f"{result['model']}, {result['threads']} thread(s): first token, of full prefill in the same process"
-    names = ("tokens", "", "first token", "full", "ratio", "median", "2nd ask", "floor", "kernels", "decode", "memory")
-    shown = Table(*names, title=title)
+    """The summary, for a terminal of eighty columns."""
+    title = f"{result['model']}, {result['threads']} thread(s): first token ÷ full prefill in the same process"
+    names = ("tokens", "", "best", "median", "2nd ask", "floor", "kernels", "decode", "memory")
+    shown = Table(*names, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in result["summary"]:
-        seconds = [f"{row[key]:.2f} s" for key in ("first_token", "full")]
         ratios = [f"{row[key]:.3f}" for key in ("ratio", "ratio_median", "ratio_again", "floor", "kernels")]
         memory = "" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}"
-        shown.add_row(
-            f"{row['prompt_tokens']:.0f}", row["way"], *seconds, *ratios, f"{row['decode_ratio']:.2f}", memory
-        )
+        shown.add_row(f"{row['prompt_tokens']:.0f}", row["way"], *ratios, f"{row['decode_ratio']:.2f}", memory)
     return shown
 
 
