@@ -12,6 +12,10 @@ from typing import Any
 from kvmem.errors import ClosedError, ModelError, first_line
 
 
+def _batches(texts: Sequence[str], size: int = 512) -> Iterator[list[str]]:
+    return (list(texts[first : first + size]) for first in range(0, len(texts), size))
+
+
 class AnyModel(ABC):
     """A tokenizer with its chat template, and the limits of a model. Text may be given from any thread.
 
@@ -92,10 +96,17 @@ class AnyModel(ABC):
 
     def tokenize(self, text: str, *, markup: bool) -> tuple[int, ...]:
         """Token ids of `text` alone. Without `markup`, special tokens written in the text are plain text."""
-        # Fast tokenizers keep `split_special_tokens` as state between calls.
-        with self._tokenizing:
-            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not markup)["input_ids"]
-        return tuple(ids)
+        return self.tokenize_all([text], markup=markup)[0]
+
+    def tokenize_all(self, texts: Sequence[str], *, markup: bool) -> list[tuple[int, ...]]:
+        """Token ids of each text alone, as `tokenize`; many short texts take much less time so than one by one."""
+        found: list[tuple[int, ...]] = []
+        for some in _batches(texts):
+            # Fast tokenizers keep `split_special_tokens` as state between calls.
+            with self._tokenizing:
+                encoded = self.tokenizer(some, add_special_tokens=False, split_special_tokens=not markup)
+            found += map(tuple, encoded["input_ids"])
+        return found
 
     @cached_property
     def vocabulary(self) -> int:
@@ -104,6 +115,14 @@ class AnyModel(ABC):
 
     def count_tokens(self, text: str) -> int:
         return len(self.tokenize(text, markup=False))
+
+    def count_all(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text alone. Raises ClosedError when nobody waits for them any more."""
+        counts: list[int] = []
+        for some in _batches(texts):
+            self.poll()
+            counts += map(len, self.tokenize_all(some, markup=False))
+        return counts
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """The chat template applied to `messages`, up to where the answer begins."""

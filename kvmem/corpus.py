@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from kvmem.any_model import AnyModel
 from kvmem.document import Chunk, Document
@@ -18,6 +19,7 @@ from kvmem.split import headings, split
 from kvmem.store.base import Store
 
 _KEPT_SPANS = 8192
+_KEPT_TEXTS, _KEPT_CHARACTERS = 256, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Corpus:
         self._typesetter = typesetter
         self._spans: OrderedDict[tuple[str, str, str], Span] = OrderedDict()
         self._parsed: dict[str, _Row] = {}
+        # A context is often asked about again, and cutting it takes as long as tokenising it.
+        self._cut = lru_cache(_KEPT_TEXTS)(lambda text: split(text, model.count_all, settings))
         self._lock = threading.Lock()
 
     def _name(self, document_id: str) -> str:
@@ -48,8 +52,8 @@ class Corpus:
 
     def split(self, document: Document) -> Document:
         """`document` with chunks, unless it has some."""
-        chunks = document.chunks or split(document.text, self._model.count_tokens, self._settings)
-        return replace(document, chunks=chunks)
+        cut = self._cut if len(document.text) <= _KEPT_CHARACTERS else self._cut.__wrapped__
+        return replace(document, chunks=document.chunks or cut(document.text))
 
     def chunks_of(self, document: Document) -> tuple[Chunk, ...]:
         """The chunks of a document that was split, with their headings if the settings ask for them."""
@@ -126,28 +130,35 @@ class Corpus:
         return [chunk for row in self._ordered() for chunk in row.chunks]
 
     def span(self, chunk: Chunk) -> Span:
-        """The chunk as tokens; those used last are kept, since tokenising is slower than looking up."""
-        key = (chunk.document_id, chunk.heading, chunk.text)
+        """The chunk as tokens."""
+        return self.spans([chunk])[0]
+
+    def spans(self, chunks: Sequence[Chunk]) -> list[Span]:
+        """The chunks as tokens; those used last are kept, since tokenising is slower than looking up."""
+        keys = [(chunk.document_id, chunk.heading, chunk.text) for chunk in chunks]
         with self._lock:
-            if key in self._spans:
+            found = {key: self._spans[key] for key in keys if key in self._spans}
+        new = [key for key in dict.fromkeys(keys) if key not in found]
+        texts = [(heading + text, document) for document, heading, text in new]
+        found |= zip(new, self._typesetter.chunks(texts), strict=True)
+        with self._lock:
+            for key in keys:
+                self._spans[key] = found[key]
                 self._spans.move_to_end(key)
-                return self._spans[key]
-        span = self._typesetter.chunk(chunk.heading + chunk.text, chunk.document_id)
-        with self._lock:
-            self._spans[key] = span
-            if len(self._spans) > _KEPT_SPANS:
+            while len(self._spans) > _KEPT_SPANS:
                 self._spans.popitem(last=False)
-        return span
+        return [found[key] for key in keys]
 
     def release(self) -> None:
         """Forget what is kept in memory."""
         with self._lock:
             self._spans.clear()
+        self._cut.cache_clear()
         self._parsed = {}
 
     def in_use(self) -> set[str]:
         """Digests of the spans of every chunk there is."""
-        return {self.span(chunk).digest for chunk in self.chunks()}
+        return {span.digest for span in self.spans(self.chunks())}
 
 
 def _document(row: str) -> Document:

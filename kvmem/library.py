@@ -110,7 +110,7 @@ class Library:
         return DocumentStats(document.id, len(spans), sum(map(len, spans)), len(infos), size)
 
     def _spans(self, document: Document) -> Sequence[Span]:
-        return [self._corpus.span(chunk) for chunk in self._corpus.chunks_of(document)]
+        return self._corpus.spans(self._corpus.chunks_of(document))
 
     def _read(self, document: Document, anew: bool) -> None:
         """Bring the document's chunks into the store: in place behind the corpus while that fits the window."""

@@ -86,6 +86,7 @@ class Typesetter:
     def __init__(self, model: AnyModel) -> None:
         self._model = model
         self._tokenize = lru_cache(4096)(lambda text, markup: model.tokenize(text, markup=markup))
+        self._segments = lru_cache(1024)(lambda text: segment(text, model.count_all, SMALLEST_SPAN))
 
     def lay_out(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> Layout:
         """Render `messages` and cut them. A message's content is a text, or a sequence of texts and `Piece`s.
@@ -144,10 +145,12 @@ class Typesetter:
 
     def chunk(self, text: str, document: str) -> Span:
         """A chunk of a document as it stands in every prompt: its text, a blank line, and what has to part chunks."""
-        return Span((*self._tokenize(_standing(text), False), *self._model.separator), document)
+        return self.chunks([(text, document)])[0]
 
-    def _segments(self, text: str) -> tuple[str, ...]:
-        return segment(text, lambda part: len(self._tokenize(part, False)), SMALLEST_SPAN)
+    def chunks(self, texts: Sequence[tuple[str, str]]) -> list[Span]:
+        """Chunks as `chunk` sets them: of each its text, and the document that it is of."""
+        found = self._model.tokenize_all([_standing(text) for text, _ in texts], markup=False)
+        return [Span((*ids, *self._model.separator), document) for ids, (_, document) in zip(found, texts, strict=True)]
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[Piece]:
         """The template's text and the messages' own, in order."""

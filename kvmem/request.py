@@ -147,7 +147,7 @@ class RequestBuilder:
         answer_tokens: int,
         tools: Sequence[Mapping[str, Any]] | None,
     ) -> Request:
-        spans = [self._corpus.span(chunk) for chunk in chunks]
+        spans = self._corpus.spans(chunks)
         layout, dropped = self._trim(messages, sum(map(len, spans)), answer_tokens, tools)
         scores: list[float] = []
 

@@ -23,7 +23,11 @@ _BLANK_LINE = 2
 _LONG_PIECE, _LONGEST_PIECE = 192, 512
 
 
-def split(text: str, count_tokens: Callable[[str], int], settings: SplitSettings) -> tuple[str, ...]:
+CountTokens = Callable[[Sequence[str]], Sequence[int]]
+"""Tokens of each of several texts."""
+
+
+def split(text: str, count_tokens: CountTokens, settings: SplitSettings) -> tuple[str, ...]:
     """Cut `text` into chunks that concatenate to it, each at most `settings.maximum` tokens.
 
     Parts longer than the target are cut in two at a heading or a blank line, and those longer than the maximum at
@@ -65,7 +69,7 @@ def _cut(
     return best if size > settings.maximum or ranks[best - 1][0] >= _BLANK_LINE else None
 
 
-def segment(text: str, count_tokens: Callable[[str], int], minimum: int) -> tuple[str, ...]:
+def segment(text: str, count_tokens: CountTokens, minimum: int) -> tuple[str, ...]:
     """Cut `text` where a text inside it, wherever it stands, would be cut too; the pieces concatenate to it.
 
     Every paragraph of `minimum` tokens is a piece of its own; shorter ones are joined with each other. Long paragraphs
@@ -111,30 +115,29 @@ class _Atom:
     strength: int
 
 
-def _atoms(text: str, count_tokens: Callable[[str], int], maximum: int) -> list[_Atom]:
+def _atoms(text: str, count_tokens: CountTokens, maximum: int) -> list[_Atom]:
     ends: dict[int, int] = {}
     for strength, pattern in enumerate(reversed(_CUTS)):
         for match in pattern.finditer(text):
             ends[match.end()] = strength
-    atoms: list[_Atom] = []
-    start = 0
-    for end in sorted({*ends, len(text)}):
-        if end > start:
-            atoms += _fit(text[start:end], ends.get(end, 0), count_tokens, maximum)
-            start = end
-    return atoms
+    edges = sorted({0, *ends, len(text)})
+    parts = [text[start:end] for start, end in pairwise(edges)]
+    strengths = [ends.get(end, 0) for end in edges[1:]]
+    sized = zip(parts, count_tokens(parts), strengths, strict=True)
+    return [atom for part, size, strength in sized for atom in _fit(part, size, strength, count_tokens, maximum)]
 
 
-def _fit(text: str, strength: int, count_tokens: Callable[[str], int], maximum: int) -> list[_Atom]:
-    """`text` as one atom, or as several when it is longer than `maximum` tokens."""
-    size = count_tokens(text)
+def _fit(text: str, size: int, strength: int, count_tokens: CountTokens, maximum: int) -> list[_Atom]:
+    """`text`, of `size` tokens, as one atom, or as several when it is longer than `maximum` tokens."""
     if size <= maximum or len(text) == 1:
         return [_Atom(text, size, strength)]
     middle = len(text) // 2
     spaces = [m.end() for m in _WORDS.finditer(text) if 0 < m.end() < len(text)]
     cut = min(spaces, key=lambda s: abs(s - middle)) if spaces else middle
-    left = _fit(text[:cut], 0, count_tokens, maximum)
-    return left + _fit(text[cut:], strength, count_tokens, maximum)
+    halves = text[:cut], text[cut:]
+    sizes = count_tokens(halves)
+    left = _fit(halves[0], sizes[0], 0, count_tokens, maximum)
+    return left + _fit(halves[1], sizes[1], strength, count_tokens, maximum)
 
 
 _HEADING = re.compile(r"^(#{1,6})[ \t]+(.+?)[ \t#]*$")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,15 +168,15 @@ def test_messages_that_cannot_be_read_are_an_error(mem: KVMem, messages: Any, er
         mem.chat(messages)
 
 
-def words(text: str) -> int:
-    return len(text.split())
+def words(texts: Sequence[str]) -> list[int]:
+    return [len(text.split()) for text in texts]
 
 
 @given(st.text(st.sampled_from("ab .\n#。"), max_size=400))
 @settings(max_examples=200, deadline=None)
 def test_segments_concatenate_to_the_text(text: str) -> None:
     """Cutting loses nothing, and no piece is empty."""
-    pieces = segment(text, len, 5)
+    pieces = segment(text, lambda texts: [*map(len, texts)], 5)
     assert "".join(pieces) == text
     assert all(pieces)
 

@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvmem import ClosedError, KVMem, LanguageModel
 from kvmem.settings import SplitSettings
 from kvmem.split import headings, split
 
 SIZES = SplitSettings(minimum=10, target=30, maximum=40)
 
 
-def words(text: str) -> int:
+def size(text: str) -> int:
     return max(1, len(text.split()), len(text) // 8)
+
+
+def words(texts: Sequence[str]) -> list[int]:
+    return [size(text) for text in texts]
 
 
 @settings(max_examples=200)
@@ -23,7 +29,7 @@ def test_splitting_loses_nothing_and_keeps_its_bounds(text: str) -> None:
     chunks = split(text, words, SIZES)
     assert "".join(chunks) == text
     assert all(chunks)
-    assert all(words(chunk) <= SIZES.maximum + 5 for chunk in chunks)
+    assert all(size(chunk) <= SIZES.maximum + 5 for chunk in chunks)
 
 
 def test_one_endless_line_is_cut() -> None:
@@ -106,3 +112,30 @@ def test_chunks_carry_the_headings_they_continue_under() -> None:
     ]
     assert headings(["plain\n", "text\n"], None) == ["", ""]
     assert headings(["The Lease\n", "text\n"], "Lease") == ["", "Lease\n\n"]
+
+
+@pytest.mark.parametrize("markup", [True, False])
+def test_many_texts_are_tokenised_as_each_alone(model: LanguageModel, markup: bool) -> None:
+    """More than the tokenizer gets in one call; empty ones and markup among them."""
+    texts = [f"Pump {n} ran." for n in range(600)] + ["", "<|im_end|>", "\n\n"] * 2
+    together = model.tokenize_all(texts, markup=markup)
+    assert together == [model.tokenize(text, markup=markup) for text in texts]
+    assert model.count_all(texts) == [model.count_tokens(text) for text in texts]
+    assert model.tokenize_all([], markup=markup) == []
+    assert (len(together[-2]) == 1) == markup
+
+
+def test_cutting_a_large_document_can_be_given_up(mem: KVMem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the model runs, and before all of it is tokenised; the corpus is unchanged."""
+    mem.add("The ferry leaves at nine.", id="ferry")
+    monkeypatch.setattr(type(mem.model), "_run", lambda *_: pytest.fail("the model ran"))
+    tokenised = []
+    real = mem.model.tokenizer
+    monkeypatch.setattr(
+        mem.model, "tokenizer", lambda texts, **options: tokenised.extend(texts) or real(texts, **options)
+    )
+    text = " ".join(f"Pump {n} ran for {n * 7} minutes." for n in range(4000))
+    with pytest.raises(ClosedError):
+        mem.add(text, id="log", cancelled=lambda: len(tokenised) > 0)
+    assert 0 < len(tokenised) < 2000
+    assert [document.id for document in mem.list()] == ["ferry"]
