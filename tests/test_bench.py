@@ -4,6 +4,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,6 +95,34 @@ def test_prompts_whose_speed_is_measured_come_as_near_to_their_size_as_whole_pas
     assert text["question"] == "What is red?"
     with pytest.raises(KVMemError, match="less than 9000"):
         speed._text(model, questions, 9000)
+
+
+def test_speeds_are_the_best_of_all_processes_and_single_ratios_stay_visible() -> None:
+    """Of the first token and of decoding; decoding stands in the default's row only."""
+    same = {"size": 600, "prompt_tokens": 640, "work": 0.1, "floor": 0.1, "kernels": 0.2}
+    seconds = [(1.0, 0.9, 4.0), (2.0, 0.5, 8.0), (1.5, 0.8, 6.0)]
+    rows: list[dict[str, Any]] = []
+    for way in ("exact", speed.DEFAULT):
+        rows += [
+            {**same, "way": way, "phase": "measure", "first_token": first, "first_token_again": again, "full": full}
+            | {"ratio": first / full}
+            for first, again, full in seconds
+        ]
+        rows.append({**same, "way": way, "phase": "memory", "memory_ratio": 1.1})
+    measured = [(3.0, 5.0, 4.0), (2.0, 2.5, 2.5), (4.0, 4.0, 8.0)]
+    rows += [
+        {**same, "way": speed.DEFAULT, "phase": "decode", "ours": ours, "plain": plain, "packed": packed}
+        for ours, plain, packed in measured
+    ]
+    exact, default = speed.summarise(rows)
+    assert (exact["ratio"], exact["ratio_median"], exact["ratio_again"]) == (0.25, 0.25, 0.125)
+    assert exact["decoding"] is None
+    assert default["decoding"] == {
+        "plain": 0.8,
+        "plain_single": [0.6, 0.8, 1.0],
+        "packed": 0.8,
+        "packed_single": [0.5, 0.75, 0.8],
+    }
 
 
 def test_the_speed_of_everything_can_be_read_in_eighty_columns() -> None:

@@ -10,6 +10,7 @@ ratios. What packed weights alone give transformers is measured beside it.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,10 +33,11 @@ from kvmem.errors import KVMemError
 from kvmem.model import LanguageModel
 from kvmem.settings import ModelSettings
 
+DEFAULT = "default, 7%"
 # name -> (whether the passages stand in the order they were read in, how the cache is repaired)
 WAYS: dict[str, tuple[bool, Any]] = {
     "exact": (True, "query"),
-    "default, 7%": (False, "query"),
+    DEFAULT: (False, "query"),
     "query 10%": (False, {"selector": "query", "recompute": 0.1}),
     "deviation 15%": (False, {"selector": "deviation", "recompute": 0.15}),
     "none": (False, "none"),
@@ -56,7 +58,8 @@ def run(
             if size not in stores:
                 stores[size] = Path(scratch) / str(size)
                 _child("prepare", model, texts[size], stores[size], way, threads)
-            for phase in ("measure", "decode", "memory")[: 1 if n else 3]:
+            # The buffer that decoding goes on in is the same one however it was repaired.
+            for phase in ["measure", *["memory"] * (n == 0), *["decode"] * (way == DEFAULT)]:
                 row = _child(phase, model, texts[size], stores[size], way, threads)
                 rows.append({"size": size, "way": way, "repeat": n, "phase": phase, **row})
     settings = {"sizes": list(sizes), "threads": threads, "repeats": repeats}
@@ -86,7 +89,9 @@ def _text(model: LanguageModel, questions: Sequence[Question], size: int) -> dic
 def _child(phase: str, model: str, text: dict[str, Any], store: Path, way: str, threads: int) -> dict[str, Any]:
     job = {"phase": phase, "model": model, "store": str(store), "way": way, "threads": threads, **text}
     command = [sys.executable, "-m", "kvmem.bench.speed"]
-    result = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)  # noqa: S603
+    # The tokenizer would take every core.
+    env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    result = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=env)  # noqa: S603
     if result.returncode:
         raise KVMemError(f"A measuring process failed: {result.stderr[-2000:]}")
     return dict(json.loads(result.stdout.splitlines()[-1]))
@@ -191,12 +196,7 @@ def _measure_decoding(mem: KVMem, job: dict[str, Any], rounds: int = 4) -> dict[
         seconds["ours"].append(_decode(model, ids, cache))
         seconds["plain"].append(_decode(plain, ids, deepcopy(theirs)))
         seconds["packed"].append(_decode(model, ids, deepcopy(theirs)))
-    best = {name: min(found) for name, found in seconds.items()}
-    return {
-        "decode": best,
-        "decode_ratio": best["ours"] / best["plain"],
-        "decode_ratio_packed": best["ours"] / best["packed"],
-    }
+    return {name: min(found) for name, found in seconds.items()}
 
 
 def _decode(model: LanguageModel, ids: torch.Tensor, cache: Any, tokens: int = 16) -> float:
@@ -286,10 +286,22 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "ratio_again": best["first_token_again"] / best["full"],
             **{name: float(np.median([row[name] for row in measured])) for name in names},
         }
-        for name in ("decode_ratio", "decode_ratio_packed", "memory_ratio"):
-            found[name] = next(row[name] for row in group if name in row)
+        found["memory_ratio"] = next(row["memory_ratio"] for row in group if row["phase"] == "memory")
+        found["decoding"] = _decoding([row for row in group if row["phase"] == "decode"])
         summary.append(found)
     return summary
+
+
+def _decoding(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Decoding on the blended cache: the best of it divided by the best of transformers, with plain and with packed
+    weights, and the single ratios; None if it was not measured."""
+    if not rows:
+        return None
+    found: dict[str, Any] = {}
+    for name in ("plain", "packed"):
+        found[name] = min(row["ours"] for row in rows) / min(row[name] for row in rows)
+        found[f"{name}_single"] = sorted(row["ours"] / row[name] for row in rows)
+    return found
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -300,7 +312,8 @@ def table(result: dict[str, Any]) -> Table:
     for row in result["summary"]:
         ratios = [f"{row[key]:.3f}" for key in ("ratio", "ratio_median", "ratio_again", "floor", "kernels")]
         memory = "" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}"
-        shown.add_row(f"{row['prompt_tokens']:.0f}", row["way"], *ratios, f"{row['decode_ratio']:.2f}", memory)
+        decoding = "" if row["decoding"] is None else f"{row['decoding']['plain']:.2f}"
+        shown.add_row(f"{row['prompt_tokens']:.0f}", row["way"], *ratios, decoding, memory)
     return shown
 
 
