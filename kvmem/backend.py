@@ -12,7 +12,7 @@ from kvmem.prompt import Span
 from kvmem.request import Request
 from kvmem.settings import BlendSettings
 from kvmem.stream import Deadline, Listener
-from kvmem.thread import Branch, Turn
+from kvmem.thread import Turn
 
 
 class Backend(Protocol):
@@ -39,9 +39,9 @@ class Backend(Protocol):
         blend: BlendSettings,
         sampling: Sampling,
         listener: Listener,
-        branches: Sequence[Branch] | None = None,
+        conversation: bool = False,
     ) -> tuple[Answer, Turn | None]:
-        """Answer; with `branches` of a conversation, also what the turn left behind, unless it was cancelled."""
+        """Answer; in a `conversation`, also what the turn left behind, unless it was cancelled."""
 
     def answer_all(
         self, requests: Sequence[Request], blend: BlendSettings, sampling: Sampling, deadline: Deadline

@@ -8,6 +8,7 @@ budget is enough.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from kvmem.engine import KVMem
 from kvmem.entry import EntryKey
 from kvmem.model import LanguageModel
 from kvmem.settings import BlendSettings, default_cache_dir
+
+logger = logging.getLogger("kvmem")
+# Reports that could not be kept in the user's cache directory.
+_unwritten: dict[str, CheckReport] = {}
 
 TEXTS = (
     "The night ferry leaves Port Ellery at ten past nine and reaches Saint Orrin at dawn. It carries ninety cars and "
@@ -77,13 +82,19 @@ def check(model: LanguageModel) -> CheckReport:
     """Run the check, and remember its result under the model's fingerprint in the user's cache directory."""
     report = _check(model)
     path = _remembered(model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(report), indent=1))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(report), indent=1))
+    except OSError as error:
+        logger.warning("kvmem: the check of the model cannot be kept (%s); the next process checks again", error)
+        _unwritten[model.fingerprint] = report
     return report
 
 
 def recall(model: LanguageModel) -> CheckReport | None:
     """The remembered result of an earlier check of the very same model, if there is one."""
+    if model.fingerprint in _unwritten:
+        return _unwritten[model.fingerprint]
     try:
         return CheckReport(**json.loads(_remembered(model).read_text()))
     except (OSError, ValueError, TypeError):

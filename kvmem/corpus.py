@@ -8,18 +8,16 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from kvmem.any_model import AnyModel
 from kvmem.document import Chunk, Document
 from kvmem.errors import UnknownDocumentError
 from kvmem.prompt import Span, Typesetter
 from kvmem.settings import SplitSettings
-from kvmem.split import headings, split
+from kvmem.split import KnownTexts, headings, split
 from kvmem.store.base import Store
 
 _KEPT_SPANS = 8192
-_KEPT_TEXTS, _KEPT_CHARACTERS = 256, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,7 @@ class Corpus:
         self._typesetter = typesetter
         self._spans: OrderedDict[tuple[str, str, str], Span] = OrderedDict()
         self._parsed: dict[str, _Row] = {}
-        # A context is often asked about again, and cutting it takes as long as tokenising it.
-        self._cut = lru_cache(_KEPT_TEXTS)(lambda text: split(text, model.count_all, settings))
+        self._cut = KnownTexts(lambda text: split(text, model.count_all, settings))
         self._lock = threading.Lock()
 
     def _name(self, document_id: str) -> str:
@@ -52,8 +49,7 @@ class Corpus:
 
     def split(self, document: Document) -> Document:
         """`document` with chunks, unless it has some."""
-        cut = self._cut if len(document.text) <= _KEPT_CHARACTERS else self._cut.__wrapped__
-        return replace(document, chunks=document.chunks or cut(document.text))
+        return replace(document, chunks=document.chunks or self._cut(document.text))
 
     def chunks_of(self, document: Document) -> tuple[Chunk, ...]:
         """The chunks of a document that was split, with their headings if the settings ask for them."""
@@ -153,7 +149,8 @@ class Corpus:
         """Forget what is kept in memory."""
         with self._lock:
             self._spans.clear()
-        self._cut.cache_clear()
+        self._cut.clear()
+        self._typesetter.release()
         self._parsed = {}
 
     def in_use(self) -> set[str]:

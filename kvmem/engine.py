@@ -31,7 +31,7 @@ from kvmem.store.base import Store
 from kvmem.store.forget import forget_namespace
 from kvmem.store.open import open_store
 from kvmem.stream import AnswerStream, Deadline, Listener
-from kvmem.thread import Threads, plain_message
+from kvmem.thread import Threads, Turn, plain_message, recut
 from kvmem.tools import Tool, Toolbox
 from kvmem.worker import Worker
 
@@ -110,12 +110,7 @@ class KVMem:
         Raises InputError, EmptyInputError, ClosedError; the corpus is unchanged then.
         """
         new = self._library.check(as_document(document, id, metadata))
-
-        def work() -> Document:
-            with self.model.giving_up(cancelled or (lambda: self._worker.closed)):
-                return self._library.add(new)
-
-        return self._worker.run(work)
+        return self._worker.read(lambda: self._library.add(new), cancelled or (lambda: False))
 
     def add_all(
         self, documents: Iterable[Any], progress: Callable[[Document, int, int], None] | None = None
@@ -135,7 +130,7 @@ class KVMem:
                 raise InputError(f"Two different documents have the id {new.id!r}. Give each its own.")
         added = []
         for number, new in enumerate(found.values(), 1):
-            added.append(self._worker.run(partial(self._library.add, new)))
+            added.append(self._worker.read(partial(self._library.add, new)))
             if progress is not None:
                 progress(added[-1], number, len(found))
         return added
@@ -146,7 +141,7 @@ class KVMem:
         if isinstance(document, str) and metadata is None:
             metadata = self.get(id).metadata
         new = self._library.check(as_document(document, id, metadata))
-        return self._worker.run(lambda: self._library.update(new))
+        return self._worker.read(lambda: self._library.update(new))
 
     def get(self, id: str) -> Document:  # noqa: A002
         """The document. Raises UnknownDocumentError."""
@@ -175,7 +170,7 @@ class KVMem:
         """Read texts or documents, as `ask` takes them for context, without adding them to the corpus: a later prompt
         finds them read. Raises InputError, EmptyInputError, PromptTooLongError."""
         documents = [as_document(item) for item in check_context(context)]
-        self._worker.run(lambda: self._library.read(documents))
+        self._worker.read(lambda: self._library.read(documents))
 
     def forget_text(self, text: Any) -> None:
         """Remove the caches of a text or document that is not of the corpus, as `read` left them."""
@@ -300,20 +295,21 @@ class KVMem:
         """
         if isinstance(questions, str) or not isinstance(questions, Iterable):
             raise InputError(f"questions is one {type(questions).__name__}. Give a list of questions.")
-        asked, kept = tuple(questions), None if context is None else tuple(context)
+        asked, kept = tuple(questions), None if context is None else tuple(check_context(context))
         started = time.perf_counter()
         names = ("max_tokens", "temperature", "top_p", "stop", "seed")
         sampling = self._sampling({name: options.pop(name, None) for name in names}, options)
         settings = self._resolve(self._parse_blend(blend))
 
         def work() -> Sequence[Answer]:
-            with self._worker.turn():
-                requests = [
-                    self._requests.for_question(started, question, kept, system, sampling.max_tokens)
-                    for question in asked
-                ]
-            deadline = None if timeout is None else time.monotonic() + timeout
-            return self._backend.answer_all(requests, settings, sampling, Deadline(deadline))
+            deadline = Deadline(timeout, lambda: self._worker.closed)
+            with deadline.limiting(self.model):
+                with self._worker.turn():
+                    requests = [
+                        self._requests.for_question(started, question, kept, system, sampling.max_tokens)
+                        for question in asked
+                    ]
+                return self._backend.answer_all(requests, settings, sampling, deadline)
 
         return self._worker.run(work)
 
@@ -433,8 +429,17 @@ class KVMem:
         def work(listener: Listener, settings: BlendSettings) -> Answer:
             with self._worker.turn(), self.model.giving_up(listener.cancelled):
                 request = build()
+            if known is not None:
+                request = replace(request, prompt=recut(request.prompt, known))
             listener.planned(request.plan, request.sources)
-            answer, turn = self._backend.answer(request, settings, sampling, listener, known)
+            turn = None
+            try:
+                answer, turn = self._backend.answer(request, settings, sampling, listener, known is not None)
+            finally:
+                if conversation is not None and turn is None:
+                    # What was read of it is stored all the same, and goes with the conversation.
+                    left = Turn(None, request.prompt.said)
+                    self._threads.keep(conversation[0], self.model.fingerprint, left)
             if toolbox is not None:
                 text, calls = toolbox.read(answer.text)
                 answer = replace(answer, text=text, tool_calls=calls)
@@ -481,7 +486,7 @@ class KVMem:
             request = self._requests.for_question(started, question, context, system, self.settings.max_tokens)
             return self._backend.prefill(request, settings)
 
-        return self._worker.run(work)
+        return self._worker.read(work)
 
     def _parse_blend(self, blend: BlendSettings | str | Mapping[str, Any] | None) -> BlendSettings:
         if blend is not None and not isinstance(self.model, LanguageModel):

@@ -91,6 +91,7 @@ class KVEntry:
     keys, values: one tensor per layer group of the model (see `kvmem.model.LayerGroup`), of shape
         [layers in the group, kv heads, n, head dim], in the model's dtype. Never written to.
     states: of recurrent layers, what they remember after the span; see `BlendedCache.states`. Empty without them.
+    expires: `time.time` seconds after which the store that it comes from will not serve it, None for never.
     """
 
     key: EntryKey
@@ -100,6 +101,7 @@ class KVEntry:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     states: tuple[Tensor, ...] = ()
+    expires: float | None = None
 
     @property
     def nbytes(self) -> int:

@@ -115,8 +115,8 @@ class Library:
     def _read(self, document: Document, anew: bool) -> None:
         """Bring the document's chunks into the store: in place behind the corpus while that fits the window."""
         prefix = self._requests.prefix(None)
-        before = sum(map(len, prefix))
-        room = self._window - before
+        own = self._spans(document)
+        room = self._window - sum(map(len, prefix))
         corpus: list[Span] = []
         for chunk in self._corpus.chunks():
             corpus.append(self._corpus.span(chunk))
@@ -126,7 +126,7 @@ class Library:
         else:
             self._backend.read([*prefix, *corpus], in_place=document.id if anew else None)
             return
-        self._read_alone(prefix, self._spans(document))
+        self._read_alone(prefix, own)
 
     def _read_alone(self, prefix: Sequence[Span], spans: Sequence[Span]) -> None:
         """Read consecutive chunks behind the prefix, as many at a time as fit the window. Raises PromptTooLongError."""

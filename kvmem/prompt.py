@@ -15,7 +15,7 @@ from typing import Any
 from kvmem.any_model import AnyModel
 from kvmem.entry import digest_tokens
 from kvmem.errors import InputError, ModelError
-from kvmem.split import segment
+from kvmem.split import KnownTexts, segment
 
 DEFAULT_SYSTEM = "You answer questions about the documents below. Answer briefly, using only what they say."
 Message = Mapping[str, Any]
@@ -52,6 +52,11 @@ class Prompt:
     def token_ids(self) -> list[int]:
         return [token for span in self.spans for token in span.token_ids] + list(self.query)
 
+    @property
+    def said(self) -> frozenset[str]:
+        """Digests of the spans that are not of documents."""
+        return frozenset(span.digest for span in self.spans if span.document is None)
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -86,7 +91,7 @@ class Typesetter:
     def __init__(self, model: AnyModel) -> None:
         self._model = model
         self._tokenize = lru_cache(4096)(lambda text, markup: model.tokenize(text, markup=markup))
-        self._segments = lru_cache(1024)(lambda text: segment(text, model.count_all, SMALLEST_SPAN))
+        self._segments = KnownTexts(lambda text: segment(text, model.count_all, SMALLEST_SPAN))
 
     def lay_out(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> Layout:
         """Render `messages` and cut them. A message's content is a text, or a sequence of texts and `Piece`s.
@@ -131,6 +136,11 @@ class Typesetter:
                         close()
         edge = len(spans) if split_at is None else split_at
         return Layout(tuple(spans[:edge]), tuple(spans[edge:]), tuple(current))
+
+    def release(self) -> None:
+        """Forget what is kept in memory."""
+        self._tokenize.cache_clear()
+        self._segments.clear()
 
     def lay_out_raw(self, prompt: str | Sequence[int]) -> Layout:
         """A prompt as it is, without the template: a text, whose special tokens are meant, or token ids."""

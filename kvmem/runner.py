@@ -20,7 +20,7 @@ from kvmem.request import Request
 from kvmem.settings import BlendSettings
 from kvmem.store.base import Store
 from kvmem.stream import Deadline, Listener
-from kvmem.thread import Branch, Turn, recut
+from kvmem.thread import Branch, Turn
 
 
 class Runner:
@@ -56,14 +56,14 @@ class Runner:
         blend: BlendSettings,
         sampling: Sampling,
         listener: Listener,
-        branches: Sequence[Branch] | None = None,
+        conversation: bool = False,
     ) -> tuple[Answer, Turn | None]:
         """Stitch, repair, generate, and store what was read.
 
-        branches: what is known of the conversation, if it is one; then the query and the answer are stored, too, if all
-        is exact, and what the turn left behind is returned. It is None when the answer was cancelled.
+        conversation: the query and the answer are stored, too, if all is exact, and what the turn left behind is
+            returned. It is None when the answer was cancelled.
         """
-        prompt = request.prompt if branches is None else recut(request.prompt, branches)
+        prompt = request.prompt
         with self._model.giving_up(listener.cancelled):
             stitched = self._stitch(prompt.spans, prompt.query, spare=sampling.max_tokens)
             after_stitch = time.perf_counter()
@@ -77,8 +77,8 @@ class Runner:
                 raise
         self._keep(stitched, blend, (*prompt.query, *generated.token_ids))
         turn = None
-        if branches is not None and generated.finish_reason != "cancelled":
-            turn = self._keep_turn(stitched, (*prompt.query, *generated.token_ids))
+        if conversation and generated.finish_reason != "cancelled":
+            turn = self._keep_turn(stitched, prompt.said, (*prompt.query, *generated.token_ids))
         answer = Answer(
             text=generated.text,
             sources=request.sources,
@@ -89,9 +89,8 @@ class Runner:
         )
         return answer, turn
 
-    def _keep_turn(self, stitched: Stitched, after: tuple[int, ...]) -> Turn:
+    def _keep_turn(self, stitched: Stitched, spans: frozenset[str], after: tuple[int, ...]) -> Turn:
         """Store what was read and said behind exact spans; the last token said was not read."""
-        spans = frozenset(item.span.digest for item in stitched.placed if item.span.document is None)
         if stitched.segments:
             return Turn(None, spans)
         start, end = len(stitched.token_ids), stitched.cache.length

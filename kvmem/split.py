@@ -7,6 +7,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from kvmem.settings import SplitSettings
@@ -25,6 +26,21 @@ _LONG_PIECE, _LONGEST_PIECE = 192, 512
 
 CountTokens = Callable[[Sequence[str]], Sequence[int]]
 """Tokens of each of several texts."""
+
+
+class KnownTexts:
+    """Remembers how texts were cut, those that were cut last: what is asked about again, or said before, is not counted
+    again. Long texts are not kept."""
+
+    def __init__(self, cut: Callable[[str], tuple[str, ...]], texts: int = 256, characters: int = 1 << 16) -> None:
+        self._cut, self._characters = cut, characters
+        self._known = lru_cache(texts)(cut)
+
+    def __call__(self, text: str) -> tuple[str, ...]:
+        return self._known(text) if len(text) <= self._characters else self._cut(text)
+
+    def clear(self) -> None:
+        self._known.cache_clear()
 
 
 def split(text: str, count_tokens: CountTokens, settings: SplitSettings) -> tuple[str, ...]:

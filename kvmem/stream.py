@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Protocol
 
 from kvmem.answer import Answer, Source
+from kvmem.any_model import AnyModel
 from kvmem.errors import AnswerTimeoutError, ClosedError
 from kvmem.plan import Plan
 
@@ -33,18 +34,34 @@ class Listener(Protocol):
 
 
 class Deadline:
-    """A listener that nobody reads, and whose answers have to be there by then.
+    """A listener that nobody reads, and whose answers have to be there in time.
 
-    until: `time.monotonic` seconds, or None.
+    seconds: from now, or None. closed: asked as well; once it is true, nobody waits any more.
     """
 
-    def __init__(self, until: float | None) -> None:
-        self._until = until
+    def __init__(self, seconds: float | None, closed: Callable[[], bool] = lambda: False) -> None:
+        self._until = None if seconds is None else time.monotonic() + seconds
+        self._closed = closed
 
     def check(self) -> None:
-        """Raises AnswerTimeoutError when it is over."""
-        if self.cancelled():
+        """Raises AnswerTimeoutError or ClosedError when it is over."""
+        if self._is_late():
             raise AnswerTimeoutError("The answers were not there in time. Give more time, or ask less at once.")
+        if self._closed():
+            raise ClosedError("This KVMem was closed before the answers were there. Open a new one.")
+
+    @contextmanager
+    def limiting(self, model: AnyModel) -> Iterator[None]:
+        """While open, work of this thread ends when it is over. Raises AnswerTimeoutError, ClosedError."""
+        try:
+            with model.giving_up(self.cancelled):
+                yield
+        except ClosedError:
+            self.check()
+            raise
+
+    def _is_late(self) -> bool:
+        return self._until is not None and time.monotonic() >= self._until
 
     def planned(self, plan: Plan, sources: tuple[Source, ...]) -> None:
         pass
@@ -53,7 +70,7 @@ class Deadline:
         pass
 
     def cancelled(self) -> bool:
-        return self._until is not None and time.monotonic() >= self._until
+        return self._is_late() or self._closed()
 
 
 class AnswerStream:

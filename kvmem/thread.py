@@ -52,16 +52,17 @@ class Threads:
         return "thread:" + json.dumps([self._namespace, thread])
 
     def names(self) -> list[str]:
-        """In alphabetical order."""
+        """Those with an answer, in alphabetical order."""
         start = "thread:" + json.dumps([self._namespace])[:-1] + ","
-        return sorted(json.loads(name.removeprefix("thread:"))[1] for name in self._rows if name.startswith(start))
+        rows = ((name, raw) for name, raw in self._rows.items() if name.startswith(start))
+        return sorted(json.loads(name.removeprefix("thread:"))[1] for name, raw in rows if json.loads(raw)["messages"])
 
     def messages(self, thread: str) -> list[dict[str, Any]]:
         """The conversation so far, the last answer included. Raises UnknownThreadError."""
         raw = self._rows.get(self._name(thread))
-        if raw is None:
+        found: list[dict[str, Any]] = json.loads(raw)["messages"] if raw is not None else []
+        if not found:
             raise UnknownThreadError(f"There is no conversation {thread!r}. Known are: {self.names()!r}.")
-        found: list[dict[str, Any]] = json.loads(raw)["messages"]
         return found
 
     def branches(self, thread: str, fingerprint: str) -> list[Branch]:
@@ -70,22 +71,23 @@ class Threads:
         found = json.loads(raw)["branches"].get(fingerprint, []) if raw is not None else []
         return [Branch(tuple(row["token_ids"]), tuple(row["edges"])) for row in found]
 
-    def keep(self, thread: str, fingerprint: str, turn: Turn, messages: Sequence[Message]) -> None:
-        """Note the conversation as it is now, and what is to be removed with it."""
+    def keep(self, thread: str, fingerprint: str, turn: Turn, messages: Sequence[Message] | None = None) -> None:
+        """Note the conversation as it is now, and what is to be removed with it. messages: None, as they were."""
         branch = turn.branch
         with self._lock:
             raw = self._rows.get(self._name(thread))
-            branches = json.loads(raw)["branches"] if raw is not None else {}
-            spans = json.loads(raw)["spans"] if raw is not None else {}
+            row = json.loads(raw) if raw is not None else {"messages": [], "branches": {}, "spans": {}}
+            branches, spans = row["branches"], row["spans"]
             spans[fingerprint] = sorted({*spans.get(fingerprint, ()), *turn.spans})
             if branch is not None:
-                row = {"token_ids": list(branch.token_ids), "edges": list(branch.edges)}
-                older = [r for r in branches.get(fingerprint, []) if r["token_ids"] != row["token_ids"]]
-                # An older branch that this one continues adds nothing.
-                older = [r for r in older if row["token_ids"][: len(r["token_ids"])] != r["token_ids"]]
-                branches[fingerprint] = [row, *older][:_BRANCHES]
-            plain = [plain_message(message) for message in messages]
-            self._rows[self._name(thread)] = json.dumps({"messages": plain, "branches": branches, "spans": spans})
+                new = {"token_ids": list(branch.token_ids), "edges": list(branch.edges)}
+                # An older branch that this one is, or continues, adds nothing.
+                known = branches.get(fingerprint, [])
+                older = [old for old in known if new["token_ids"][: len(old["token_ids"])] != old["token_ids"]]
+                branches[fingerprint] = [new, *older][:_BRANCHES]
+            if messages is not None:
+                row["messages"] = [plain_message(message) for message in messages]
+            self._rows[self._name(thread)] = json.dumps(row)
 
     def remove(self, thread: str) -> dict[str, list[str]]:
         """Forget it; the digests of its spans, by fingerprint of the model. Raises UnknownThreadError."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 from weakref import WeakSet
@@ -28,14 +28,31 @@ class Worker:
         self.closed = False
 
     def run(self, work: Callable[[], T]) -> T:
-        """Wait for `work`, and return or raise what it does."""
+        """Wait for `work`, and return or raise what it does. Raises ClosedError when it was never begun."""
         self.check_open()
 
         def turn() -> T:
             with self.turn() if self._model.parallel == 1 else nullcontext():
                 return work()
 
-        return self._executor.submit(turn).result()
+        try:
+            future = self._executor.submit(turn)
+        except RuntimeError:
+            self.check_open()
+            raise
+        try:
+            return future.result()
+        except CancelledError:
+            raise ClosedError("This KVMem was closed before the work was begun. Open a new one.") from None
+
+    def read(self, work: Callable[[], T], cancelled: Callable[[], bool] = lambda: False) -> T:
+        """Like `run`, for work that may end halfway, by a ClosedError: once `cancelled` is true, or this is closed."""
+
+        def reading() -> T:
+            with self._model.giving_up(lambda: self.closed or cancelled()):
+                return work()
+
+        return self.run(reading)
 
     def stream(
         self, work: Callable[[Listener, T], Answer], timeout: float | None, prepare: Callable[[], T]

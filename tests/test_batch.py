@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import open_mem
 
-from kvmem import AnswerTimeoutError, InputError, KVMem, LanguageModel
+from kvmem import AnswerTimeoutError, Document, InputError, KVMem, LanguageModel
 from kvmem.shared import attend_shared
 from kvmem.testing import tiny_model
 
@@ -87,6 +88,23 @@ def test_a_batch_has_a_time_out(mem: KVMem) -> None:
     with pytest.raises(AnswerTimeoutError, match="in time"):
         mem.batch(QUESTIONS, timeout=0.05, max_tokens=3000)
     assert len(mem.batch(QUESTIONS, timeout=60)) == 3
+
+
+@pytest.mark.parametrize("questions", [QUESTIONS[:1], QUESTIONS[:2]])
+def test_the_time_of_a_batch_holds_for_its_reading_too(
+    mem: KVMem, questions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One question, or several together: the model is not run when the time is over."""
+    monkeypatch.setattr(type(mem.model), "_run", lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(AnswerTimeoutError, match="in time"):
+        mem.batch(questions, context=TEXTS, timeout=1e-6)
+
+
+@pytest.mark.parametrize("context", ["A text.", b"A text.", Document("a", "A text.", {})])
+def test_the_context_of_a_batch_is_checked_as_that_of_a_question(mem: KVMem, context: Any) -> None:
+    """One text is no list of texts."""
+    with pytest.raises(InputError, match="Give a list"):
+        mem.batch(QUESTIONS, context=context)
 
 
 def test_a_batch_leaves_the_engine_as_it_was(mem: KVMem) -> None:

@@ -94,6 +94,20 @@ def test_architectures_that_blend(name: str) -> None:
     assert recall(model) == report
 
 
+def test_a_check_that_cannot_be_kept_is_made_once_in_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The user's cache directory cannot be written."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(checking, "default_cache_dir", lambda: tmp_path / "file")
+    monkeypatch.setattr(checking, "_unwritten", {})
+    model = tiny_model()
+    assert recall(model) is None
+    report = check(model)
+    assert "cannot be kept" in caplog.text
+    assert recall(model) == report
+
+
 @pytest.mark.parametrize("name", BLENDABLE)
 def test_all_and_exact_have_the_logits_of_full_prefill(name: str) -> None:
     """On every architecture, within 1e-3 in float32, and generation continues as transformers' own."""

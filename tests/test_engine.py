@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -484,6 +485,60 @@ def test_closing_cancels_what_runs_and_what_waits(model: LanguageModel) -> None:
     assert running.answer.finish_reason == "cancelled"
     with pytest.raises(kvmem.ClosedError):
         _ = waiting.answer
+
+
+LONG = "The boat goes to the island and comes back in the evening. " * 20
+READING = {
+    "add": lambda mem: mem.add(LONG, id="b", cancelled=lambda: False),
+    "add_all": lambda mem: mem.add_all([LONG]),
+    "update": lambda mem: mem.update("a", LONG),
+    "read": lambda mem: mem.read([LONG]),
+    "prefill": lambda mem: mem.prefill("What?", context=[LONG]),
+    "one question": lambda mem: mem.batch(["What?"], context=[LONG]),
+    "two questions": lambda mem: mem.batch(["What?", "Why?"], context=[LONG]),
+}
+
+
+@pytest.mark.parametrize("name", READING)
+def test_closing_ends_whatever_reads_and_tells_whoever_waits(
+    name: str, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two layers, by a ClosedError; what was not begun ends by one too."""
+    mem = open_mem(model, None)
+    mem.add(TEXTS[0], id="a")
+    reading, closing = threading.Event(), threading.Event()
+    real = type(model)._run
+
+    def held(self: Any, *args: Any, **options: Any) -> Any:
+        reading.set()
+        assert closing.wait(20)
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(type(model), "_run", held)
+    errors: list[BaseException | None] = [None, None]
+
+    def attempt(place: int, work: Any) -> None:
+        try:
+            work(mem)
+        except BaseException as error:
+            errors[place] = error
+
+    first = threading.Thread(target=attempt, args=(0, READING[name]))
+    first.start()
+    assert reading.wait(20)
+    second = threading.Thread(target=attempt, args=(1, lambda mem: mem.plan("What?")))
+    second.start()
+    while mem._worker._executor._work_queue.qsize() == 0:
+        time.sleep(0.001)
+    closer = threading.Thread(target=mem.close)
+    closer.start()
+    while not mem._worker.closed:
+        time.sleep(0.001)
+    closing.set()
+    for thread in (first, second, closer):
+        thread.join(20)
+        assert not thread.is_alive()
+    assert [type(error) for error in errors] == [kvmem.ClosedError, kvmem.ClosedError]
 
 
 def test_a_store_that_was_handed_in_stays_open(model: LanguageModel) -> None:

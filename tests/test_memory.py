@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kvmem import (
     StoreError,
     UnknownMemoryError,
     UnknownThreadError,
+    runner,
 )
 from kvmem.prompt import Prompt, Span
 from kvmem.store.forget import namespace_of
@@ -240,6 +242,36 @@ def test_a_forgotten_conversation_leaves_no_text(model: LanguageModel, tmp_path:
         mem.forget_thread("t")
         assert not any("zanzibar" in text for text in decoded(mem))
         assert sum("tells of harbour" in text for text in decoded(mem)) >= 6
+
+
+@pytest.mark.parametrize("how", ["stopped", "late", "failed"])
+def test_turns_without_an_answer_are_forgotten_with_their_conversation(
+    model: LanguageModel, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped, out of time, or failed after the reading: the first one, and a later one."""
+    paragraph = "My card number is zanzibar, said the doctor at the harbour. " * 4
+    told = [{"role": "user", "content": f"{paragraph}\n\n{paragraph}\n\nWhat is it?"}]
+    options: dict[str, Any] = {"timeout": 0.5} if how == "late" else {}
+    with open_mem(model, tmp_path / "kv") as mem:
+        for earlier in ([], [*HELLO, {"role": "assistant", "content": "Yes."}]):
+            if earlier:
+                mem.chat(HELLO, thread="t")
+            with monkeypatch.context() as patch:
+                if how == "failed":
+                    patch.setattr(runner, "generate", lambda *_: 1 / 0)
+                stream = mem.stream_chat([*earlier, *told], thread="t", max_tokens=3000, **options)
+                if how == "stopped":
+                    next(stream)
+                    stream.close()
+                with suppress(AnswerTimeoutError, ZeroDivisionError):
+                    _ = stream.answer
+                mem.plan("?", context=["."])  # waits for its turn
+            assert any("zanzibar" in text for text in decoded(mem))
+            assert mem.threads() == (["t"] if earlier else [])
+            mem.forget_thread("t")
+            assert not any("zanzibar" in text for text in decoded(mem))
+            with pytest.raises(UnknownThreadError):
+                mem.forget_thread("t")
 
 
 def test_a_history_holds_what_was_said_and_nothing_of_ours(mem: KVMem) -> None:

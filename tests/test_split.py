@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvmem import ClosedError, KVMem, LanguageModel
 from kvmem.settings import SplitSettings
-from kvmem.split import headings, split
+from kvmem.split import KnownTexts, headings, split
 
 SIZES = SplitSettings(minimum=10, target=30, maximum=40)
 
@@ -139,3 +139,27 @@ def test_cutting_a_large_document_can_be_given_up(mem: KVMem, monkeypatch: pytes
         mem.add(text, id="log", cancelled=lambda: len(tokenised) > 0)
     assert 0 < len(tokenised) < 2000
     assert [document.id for document in mem.list()] == ["ferry"]
+
+
+def test_what_was_cut_last_is_not_cut_again(mem: KVMem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context that is asked about again is not tokenised; neither long, old nor forgotten texts are kept."""
+    asked: list[str] = []
+    known = KnownTexts(lambda text: (asked.append(text) or text,), texts=2, characters=5)
+    for text in ("one", "one", "two", "one", "three", "two", "longer", "longer"):
+        assert known(text) == (text,)
+    assert asked == ["one", "two", "three", "two", "longer", "longer"]
+    known.clear()
+    known("two")
+    assert len(asked) == 7
+
+    mem.ask("What?", context=["The ferry leaves at nine."])
+    counted: list[str] = []
+    real = mem.model.tokenize_all
+    monkeypatch.setattr(
+        mem.model, "tokenize_all", lambda texts, **options: counted.extend(texts) or real(texts, **options)
+    )
+    mem.plan("What?", context=["The ferry leaves at nine."])
+    assert counted == []
+    mem.forget_user()
+    mem.plan("What?", context=["The ferry leaves at nine."])
+    assert {"The ferry leaves at nine.", "What?"} <= set(counted)

@@ -18,7 +18,8 @@ from helpers import open_mem
 from kvmem import InputError, LanguageModel, StoreError
 from kvmem.entry import Context, EntryKey
 from kvmem.store import DiskStore, FsspecStore, MemoryStore, Store, TieredStore
-from kvmem.store.codec import KVDtype
+from kvmem.store.codec import KVDtype, encode
+from kvmem.store.files import EntryFiles
 from kvmem.testing import check_store, make_entry, same_entry
 
 
@@ -355,6 +356,101 @@ def test_machines_share_an_object_store(tmp_path: Path, model: LanguageModel) ->
     with open_mem(model, store) as third:
         assert third.ask("What?").text == expected
     assert store.check() == []
+
+
+def test_an_object_store_that_fails_later_costs_time_only(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With an error of the file system's own, everything is a miss, and answers are as without; what was to be removed
+    to the last byte is the exception."""
+    store = FsspecStore("memory://fails-later")
+    entry = make_entry()
+    assert store.put(entry)
+
+    class ServiceError(Exception):
+        pass
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ServiceError("slow down")
+
+    for name in ("find", "cat_file", "rm", "pipe_file"):
+        monkeypatch.setattr(type(store._fs), name, fail)
+    assert store.get(entry.key) is None
+    assert not store.contains(entry.key)
+    assert store.find(entry.key) == [] == list(store.keys())
+    assert not store.delete(entry.key)
+    assert store.clear(entry.key.namespace) == 0
+    assert store.stats().entries == 0
+    assert "slow down" in caplog.text
+    with pytest.raises(StoreError, match="slow down"):
+        store.scrub(entry.key.namespace)
+    with open_mem(model, None) as without, open_mem(model, store) as mem:
+        assert mem.ask("What?", context=["A text."]).text == without.ask("What?", context=["A text."]).text
+
+
+def test_what_cannot_be_removed_from_an_object_store_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listing works, removing does not."""
+    store = FsspecStore("memory://keeps-all")
+    entry = make_entry()
+    assert store.put(entry)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise PermissionError("not yours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store._fs), "rm", fail)
+        assert not store.delete(entry.key)
+        assert store.clear(entry.key.namespace) == 0
+        with pytest.raises(StoreError, match="1 files"):
+            store.scrub(entry.key.namespace)
+    assert store.clear(entry.key.namespace) == 1
+    store.scrub(entry.key.namespace)
+
+
+def test_time_to_live_counts_from_when_an_entry_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not anew when it comes from disk into memory, nor because it is used."""
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    entry = make_entry()
+    DiskStore(tmp_path, ttl=100).put(entry)
+    store = TieredStore(MemoryStore(ttl=100), DiskStore(tmp_path, ttl=100))
+    for age, there in ((90, True), (99, True), (101, False)):
+        monkeypatch.setattr(time, "time", lambda age=age: now + age)
+        assert (store.get(entry.key) is not None) == there
+        assert store.contains(entry.key) == there
+        assert len(store.find(entry.key)) == there
+
+
+@pytest.mark.parametrize("left_by", ["a dead process", "an eviction"])
+def test_files_that_cannot_be_removed_hold_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, left_by: str
+) -> None:
+    """They stay counted, are told of once, and go when they can."""
+    first, second, third = (make_entry(seed=n) for n in range(3))
+    size = len(encode(first))
+    store = DiskStore(tmp_path, max_bytes=int(2.5 * size))
+    assert store.put(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(EntryFiles, "remove", lambda *_: False)
+        if left_by == "a dead process":
+            store.delete(first.key)
+            with store._index.transaction() as connection:
+                connection.execute("UPDATE pending SET since = 0")
+            assert [store.put(entry) for entry in (second, third)] == [True, False]
+        else:
+            assert [store.put(entry) for entry in (second, third)] == [True, False]
+        assert caplog.text.count("cannot be removed") >= 1
+        warned = len(caplog.records)
+        assert [problem.fixed for problem in store.check(fix=True) if problem.what == "temporary"] == [False] * (
+            left_by == "a dead process"
+        )
+        assert len(caplog.records) == warned
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    with store._index.transaction() as connection:
+        connection.execute("UPDATE pending SET since = 0")
+    DiskStore(tmp_path).check(fix=True)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == (left_by == "an eviction")
+    assert DiskStore(tmp_path, max_bytes=int(2.5 * size)).put(third)
 
 
 def test_an_object_store_that_cannot_be_reached_says_so() -> None:

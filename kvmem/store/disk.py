@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -76,6 +77,7 @@ class DiskStore:
         self._evicted = 0
         self._misses: Counter[str] = Counter()
         self._failing = False
+        self._stuck: set[str] = set()
         self._lock = threading.Lock()
         try:
             self._files.create()
@@ -112,7 +114,7 @@ class DiskStore:
             ):
                 verify_file(path, row["size"], row["checksum"])
                 self._verified[key.digest] = row["checksum"]
-            return decode(path, key)
+            return replace(decode(path, key), expires=row["expires"])
         except (DamagedEntryError, FileNotFoundError) as error:
             # Another process may just have evicted the entry: then there is nothing wrong, and no row any more.
             if self._forget([key.digest], only=row["checksum"]):
@@ -207,9 +209,10 @@ class DiskStore:
         while True:
             with self._index.transaction() as connection:
                 self._flush_uses(connection)
-                doomed = [row["name"] for row in self._abandoned(connection)]
+                doomed = [row["name"] for row in self._abandoned(connection) if row["name"] not in self._stuck]
                 doomed += self._doom(connection, "expires <= ?", time.time())
                 victims = self._victims(connection, namespace, size)
+                evicted: list[str] = []
                 if victims is None:
                     logger.warning("kvmem: an entry of %d bytes is not kept: nothing may give way to it", size)
                 elif not victims and not doomed:
@@ -217,10 +220,10 @@ class DiskStore:
                     connection.execute("INSERT INTO pending VALUES (?, ?, ?, ?, ?)", values)
                     return True
                 for digest in victims or ():
-                    doomed += self._doom(connection, "digest = ?", digest)
+                    evicted += self._doom(connection, "digest = ?", digest)
                     self._evicted += 1
-            self._unlink(doomed)
-            if victims is None:
+            left = self._unlink([*doomed, *evicted])
+            if victims is None or not left.isdisjoint(evicted):
                 return False
 
     def _victims(self, connection: sqlite3.Connection, namespace: str, size: int) -> list[str] | None:
@@ -269,13 +272,22 @@ class DiskStore:
             self._verified.pop(row["digest"], None)
         return [row["name"] for row in rows]
 
-    def _unlink(self, names: Sequence[str]) -> None:
-        """Remove files that have no row, and the notes of them."""
+    def _unlink(self, names: Sequence[str]) -> set[str]:
+        """Remove files that have no row, and the notes of them; those that cannot be removed stay noted and counted."""
         if not names:
-            return
-        gone = [name for name in names if self._files.remove(name)]
+            return set()
+        gone = {name for name in names if self._files.remove(name)}
         with suppress(*_FAILURES), self._index.transaction() as connection:
             connection.executemany("DELETE FROM pending WHERE name = ?", [(name,) for name in gone])
+        left = set(names) - gone
+        if new := left - self._stuck:
+            logger.warning(
+                "kvmem: %d files under %s cannot be removed. See whose they are, then run `kvmem doctor --fix`.",
+                len(new),
+                self.directory,
+            )
+            self._stuck |= new
+        return left
 
     def _abandoned(self, connection: sqlite3.Connection) -> list[sqlite3.Row]:
         """Pending files of processes that are gone."""
@@ -376,11 +388,12 @@ class DiskStore:
             doomed += abandoned if fix else []
         for path in files:
             if path.name.removesuffix(".safetensors") not in names and path.exists():
-                problems.append(Problem("orphan", str(path), fix))
                 if fix:
-                    path.unlink(missing_ok=True)
-        self._unlink(doomed)
-        return problems
+                    with suppress(OSError):
+                        path.unlink(missing_ok=True)
+                problems.append(Problem("orphan", str(path), fix and not path.exists()))
+        left = self._unlink(doomed)
+        return [replace(p, fixed=p.fixed and not any(name in p.where for name in left)) for p in problems]
 
     def _inspect(self, row: sqlite3.Row) -> tuple[str, str] | None:
         """What is wrong with the file of a row, and where."""

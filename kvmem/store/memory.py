@@ -84,6 +84,8 @@ class MemoryStore:
                 return False
             self._clock += 1
             expires = float("inf") if self.limits.ttl is None else time.time() + self.limits.ttl
+            # From a store below this one: it has had some of its time there.
+            expires = min(expires, float("inf") if entry.expires is None else entry.expires)
             self._kept[key.digest] = _Kept(entry, expires, self._clock)
             self._groups.setdefault(key.group, {})[key.digest] = entry.info
             self._usage[key.namespace] += size

@@ -62,12 +62,23 @@ class FsspecStore:
         return f"{self._root}/entries/{_hash(namespace)}/{group[:2]}/{group}"
 
     def _objects(self, directory: str) -> list[str]:
-        """Paths of the objects below a directory, as they are now."""
+        """Paths of the objects below a directory, as they are now; none, and a warning, when it cannot be listed."""
+        try:
+            return [path for path in self._files(directory) if path.endswith(".safetensors")]
+        except Exception as error:  # every file system has errors of its own
+            self._failed("listed", error)
+            return []
+
+    def _files(self, directory: str) -> list[str]:
+        """Every file below a directory. Raises what the file system does."""
         self._fs.invalidate_cache()
         try:
-            return [path for path in self._fs.find(directory) if path.endswith(".safetensors")]
+            return list(self._fs.find(directory))
         except FileNotFoundError:
             return []
+
+    def _failed(self, what: str, error: Exception) -> None:
+        logger.warning("kvmem: the store at %s cannot be %s (%s); texts are read anew", self._root, what, error)
 
     def _locate(self, key: EntryKey) -> str | None:
         paths = self._objects(self._group(key.namespace, key.group))
@@ -89,7 +100,7 @@ class FsspecStore:
             with suppress(Exception):
                 self._fs.rm(path)
         except Exception as error:  # every file system has errors of its own; a failing one is a miss
-            logger.warning("kvmem: the store at %s cannot be read (%s); texts are read anew", self._root, error)
+            self._failed("read", error)
         return None
 
     def _read(self, path: str) -> bytes:
@@ -116,19 +127,32 @@ class FsspecStore:
 
     def delete(self, key: EntryKey) -> bool:
         path = self._locate(key)
-        if path is not None:
-            self._fs.rm(path)
-        return path is not None
+        return path is not None and self._removed(path)
+
+    def _removed(self, path: str) -> bool:
+        """Remove a file, or a directory and all below it; whether that succeeded."""
+        try:
+            self._fs.rm(path, recursive=True)
+        except FileNotFoundError:
+            return False
+        except Exception as error:  # every file system has errors of its own
+            logger.warning("kvmem: %s cannot be removed (%s)", path, error)
+            return False
+        return True
 
     def clear(self, namespace: str) -> int:
         directory = f"{self._root}/entries/{_hash(namespace)}"
         count = len(self._objects(directory))
-        if self._fs.exists(directory):
-            self._fs.rm(directory, recursive=True)
-        return count
+        return count if self._removed(directory) else 0
 
     def scrub(self, namespace: str) -> None:
         """Removed objects are gone, as far as the file system says so."""
+        try:
+            left = len(self._files(f"{self._root}/entries/{_hash(namespace)}"))
+        except Exception as error:  # every file system has errors of its own
+            raise StoreError(f"The store at {self._root!r} cannot be listed: {error}. Try again.") from error
+        if left:
+            raise StoreError(f"{left} files at {self._root!r} could not be removed. See the log, and try again.")
 
     def pin(self, key: EntryKey, pinned: bool = True) -> bool:
         """Nothing is evicted here; True when the entry exists."""
@@ -144,7 +168,7 @@ class FsspecStore:
     def _describe(self, path: str) -> EntryInfo | None:
         try:
             return _decode(self._read(path), None).info
-        except (DamagedEntryError, OSError) as error:
+        except Exception as error:  # damaged, gone by now, or a file system's own
             logger.warning("kvmem: %s is not usable (%s)", path, error)
             return None
 

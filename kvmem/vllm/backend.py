@@ -19,7 +19,7 @@ from kvmem.prompt import Span
 from kvmem.request import Request
 from kvmem.settings import BlendSettings
 from kvmem.stream import Deadline, Listener
-from kvmem.thread import Branch, Turn, recut
+from kvmem.thread import Branch, Turn
 from kvmem.vllm.model import VLLMModel
 from kvmem.vllm.server import Completion
 
@@ -82,17 +82,16 @@ class VLLMBackend:
         blend: BlendSettings,
         sampling: Sampling,
         listener: Listener,
-        branches: Sequence[Branch] | None = None,
+        conversation: bool = False,
     ) -> tuple[Answer, Turn | None]:
         server = self._model.server
-        prompt = request.prompt if branches is None else recut(request.prompt, branches)
+        prompt = request.prompt
         found = server.run(self._complete(prompt.token_ids, sampling, listener))
         self._note(prompt.spans)
         turn = None
-        if branches is not None and found.finish_reason != "cancelled":
+        if conversation and found.finish_reason != "cancelled":
             ids = (*prompt.token_ids, *found.token_ids[:-1])
-            spans = frozenset(span.digest for span in prompt.spans if span.document is None)
-            turn = Turn(Branch(ids, (len(ids),)), spans)
+            turn = Turn(Branch(ids, (len(ids),)), prompt.said)
         return _answer(request, found), turn
 
     def answer_all(
