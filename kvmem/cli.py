@@ -73,7 +73,7 @@ def ask(
     threads: Threads = None,
     namespace: Namespace = "default",
     max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
-    blend: Annotated[str, typer.Option(help="Selector: query, deviation, first_k, none or all.")] = "query",
+    blend: Annotated[str | None, typer.Option(help="Selector: query, deviation, first_k, none or all.")] = None,
 ) -> None:
     """Answer a question from the documents."""
     with _opened(model, store, threads, namespace) as mem:
@@ -168,7 +168,7 @@ def doctor(
         mended = " (removed)" if problem.fixed else ""
         out.print(f"{problem.what}: {problem.where}{mended}", highlight=False, markup=False, soft_wrap=True)
     out.print("No problems." if not problems else f"{len(problems)} problem(s).", highlight=False)
-    raise typer.Exit(1 if problems and not fix else 0)
+    raise typer.Exit(0 if all(problem.fixed for problem in problems) else 1)
 
 
 @app.command()

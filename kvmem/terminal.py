@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from rich.console import Console
 from rich.markup import escape
@@ -62,7 +63,7 @@ class Chat:
                 self._console.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
         except KeyboardInterrupt:
             stream.close()
-            self._note("\nStopped; nothing of this turn is kept.")
+            self._note("\nStopped; the conversation goes on without this turn.")
             return
         answer = stream.answer
         self._messages = [*messages, {"role": "assistant", "content": answer.text}]
@@ -85,7 +86,7 @@ class Chat:
                 self._memory.forget(found[0].id)
                 self._note("Forgotten.")
         elif name == "/new":
-            if self._thread in self._mem.threads():
+            with suppress(UnknownThreadError):
                 self._mem.forget_thread(self._thread)
             self._messages = []
             self._note("A new conversation.")

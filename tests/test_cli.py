@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -19,7 +20,11 @@ def run_doctor(store: Path, *arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output.strip()
 
 
-def test_add_ask_stats_remove(saved_model: str, tmp_path: Path) -> None:
+def deny(*_: Any, **__: Any) -> None:
+    raise PermissionError("not yours")
+
+
+def test_add_ask_stats_remove(saved_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The four commands in the order of a first session, each its own process as far as the store knows."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.md").write_text("# Rent\n\nThe rent is due on Monday.")
@@ -45,6 +50,9 @@ def test_add_ask_stats_remove(saved_model: str, tmp_path: Path) -> None:
     assert output.endswith("No problems.")
     (store / "v1" / "tmp" / "left").write_bytes(b"x")
     assert run_doctor(store)[0] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", deny)
+        assert run_doctor(store, "--fix")[0] == 1
     assert run_doctor(store, "--fix")[0] == 0
     assert run_doctor(store)[0] == 0
     assert run_doctor(tmp_path / "nowhere")[0] == 1

@@ -42,6 +42,19 @@ def test_a_conversation_goes_on_where_it_was_left(model: LanguageModel, tmp_path
         assert "0 turns so far" in talk(mem, "/new")
 
 
+def test_a_new_conversation_forgets_a_first_turn_that_was_stopped(mem: KVMem) -> None:
+    """It has no answer, so it is not among the conversations; what was read of it is there."""
+    paragraph = "My card number is zanzibar, said the doctor at the harbour. " * 4
+    asked = [{"role": "user", "content": f"{paragraph}\n\nWhat?"}]
+    stream = mem.stream_chat(asked, thread="t", max_tokens=3000)
+    next(stream)
+    stream.close()
+    mem.plan("?", context=["."])  # waits for its turn
+    before = mem.stats().store.entries
+    talk(mem, "/new")
+    assert mem.stats().store.entries < before
+
+
 def test_memories_are_kept_and_used(mem: KVMem) -> None:
     """Commands keep, show and forget them; an answer has them in its prompt."""
     shown = talk(mem, "/remember The ferry leaves at nine.", "When does the ferry leave?", "/memories", "/forget zzz")

@@ -12,6 +12,7 @@ from fake_vllm import FakeVLLM
 from langchain_core.documents import Document as LangChainDocument
 from llama_index.core import Document as LlamaIndexDocument
 from serving import running
+from typer.testing import CliRunner
 
 from kvmem import (
     InputError,
@@ -24,6 +25,7 @@ from kvmem import (
     RemoteError,
     RemoteSettings,
 )
+from kvmem.cli import app
 from kvmem.serve.app import create_app
 from kvmem.store import MemoryStore
 from kvmem.vllm import VLLMModel
@@ -289,6 +291,16 @@ def test_json_and_tools_are_asked_for(mem: KVMem, server: FakeVLLM) -> None:
     mem.chat([{"role": "user", "content": "Who?"}], schema=schema)
     assert server.prompts[-1]["structured_outputs"]["json"]["properties"]["age"]["type"] == "integer"
     assert server.prompts[-1]["structured_outputs"]["json"]["additionalProperties"] is False
+
+
+def test_the_command_line_asks_a_server_too(url: str, tmp_path: Path) -> None:
+    """As it asks a model of its own: no option has to be left out."""
+    (tmp_path / "ferry.md").write_text(FERRY * 3)
+    where = ["--model", url, "--store", str(tmp_path / "kv")]
+    for command in (["add", str(tmp_path / "ferry.md")], ["ask", "When?", "--max-tokens", "3"]):
+        result = CliRunner().invoke(app, [*command, *where])
+        assert result.exit_code == 0, result.output
+    assert "abc" in result.output
 
 
 def test_chains_and_engines_need_another_model_string_only(url: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
@@ -94,7 +95,7 @@ class CachedContextChain(Runnable[Inputs, Inputs]):
         return await self._acall_with_config(self._ainvoke, input, config, **kwargs)
 
     async def _ainvoke(self, inputs: Inputs, **kwargs: Any) -> Inputs:
-        answer = await self._open(inputs, kwargs).wait()
+        answer = await (await asyncio.to_thread(self._open, inputs, kwargs)).wait()
         return {**inputs, "context": to_documents(answer.sources), "answer": answer.text}
 
     def stream(
@@ -127,7 +128,7 @@ class CachedContextChain(Runnable[Inputs, Inputs]):
 
     async def _atransform(self, inputs: AsyncIterator[Inputs], **kwargs: Any) -> AsyncIterator[Inputs]:
         async for item in inputs:
-            with self._open(item, kwargs) as stream:
+            with await asyncio.to_thread(self._open, item, kwargs) as stream:
                 yield AddableDict(item)
                 yield AddableDict(context=to_documents(await stream.wait_for_sources()))
                 async for piece in stream:

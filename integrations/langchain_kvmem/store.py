@@ -29,7 +29,7 @@ from langgraph.store.base import (
     tokenize_path,
 )
 
-from kvmem import InputError, KVMem
+from kvmem import InputError, KVMem, KVMemError
 from kvmem.document import Chunk, Document
 from kvmem.retrieve import BM25Retriever, HybridRetriever, Retriever
 from kvmem.store import Store
@@ -111,11 +111,11 @@ class KVMemStore(BaseStore):
         if not self._prefill or old == new:
             return
         try:
-            if new:
-                self._mem.read([new])
             if old:
                 self._mem.forget_text(Document("item", old))
-        except InputError as error:
+            if new:
+                self._mem.read([new])
+        except KVMemError as error:
             logger.warning("kvmem: an item is kept, but not read: %s", error)
 
     async def abatch(self, ops: Iterable[Op]) -> list[Result]:

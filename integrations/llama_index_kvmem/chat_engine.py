@@ -61,7 +61,8 @@ class KVMemChatEngine(BaseChatEngine):
     async def achat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
         if chat_history is not None:
             await self.memory.aset(chat_history)
-        answer = await self._open(message, await self.memory.aget(input=message)).wait()
+        history = await self.memory.aget(input=message)
+        answer = await (await asyncio.to_thread(self._open, message, history)).wait()
         await self.memory.aput(said(MessageRole.USER, message))
         await self.memory.aput(said(MessageRole.ASSISTANT, answer.text))
         metadata = {"plan": describe(answer.plan), "usage": count(answer.usage)}
@@ -93,7 +94,7 @@ class KVMemChatEngine(BaseChatEngine):
     ) -> StreamingAgentChatResponse:
         if chat_history is not None:
             await self.memory.aset(chat_history)
-        stream = self._open(message, await self.memory.aget(input=message))
+        stream = await asyncio.to_thread(self._open, message, await self.memory.aget(input=message))
         sources = to_nodes(await stream.wait_for_sources())
         await self.memory.aput(said(MessageRole.USER, message))
 

@@ -68,7 +68,7 @@ class KVMemTransform(TransformComponent):
             return 0
         there = self._in_docstore() | (keep or set())
         missing, self._held = self._held - there, self._held | there
-        gone = [document.id for document in self._mem.list() if document.metadata.get(CUT_FROM) in missing]
+        gone = [document.id for document in self._mem.list() if document.metadata.get(CUT_FROM, document.id) in missing]
         for identity in gone:
             self._mem.remove(identity)
         return len(gone)

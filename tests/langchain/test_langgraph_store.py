@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 from langgraph.store.base import GetOp, InvalidNamespaceError, ListNamespacesOp, MatchCondition, PutOp, SearchOp
 from langgraph.store.memory import InMemoryStore
 
-from kvmem import InputError, KVMem, LanguageModel
+from kvmem import InputError, KVMem, KVMemError, LanguageModel, RemoteError
 from kvmem.testing import tiny_model
 from langchain_kvmem import KVMemStore
 
@@ -244,3 +244,27 @@ def test_bad_items_are_errors(store: KVMemStore) -> None:
         store.search(("u",), filter={"n": {"$like": 1}})
     with pytest.raises(ValueError, match="operation"):
         store.batch(["nonsense"])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("error", [InputError, RemoteError])
+def test_what_replaces_a_text_need_not_be_readable(
+    mem: KVMem, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: type[KVMemError]
+) -> None:
+    """Too long, or on a server that is gone: the item is kept, and the caches of its old text go."""
+    store = KVMemStore(mem)
+    before = mem.stats().store.entries
+    store.put(("notes",), "ferry", {"text": "The ferry leaves at nine in the morning."})
+    assert mem.stats().store.entries > before
+
+    def fail(_: Any) -> None:
+        raise error("cannot be read")
+
+    monkeypatch.setattr(mem, "read", fail)
+    store.put(("notes",), "ferry", {"text": "It leaves at ten."})
+    item = store.get(("notes",), "ferry")
+    assert item is not None
+    assert item.value["text"] == "It leaves at ten."
+    assert "not read" in caplog.text
+    entries = [mem.store.get(key) for key in mem.store.keys()]  # noqa: SIM118
+    read = [mem.model.tokenizer.decode(entry.token_ids) for entry in entries if entry is not None]
+    assert not any("at nine" in text for text in read)

@@ -101,3 +101,15 @@ def test_without_a_docstore_nothing_is_removed(mem: KVMem) -> None:
     assert transform(nodes) == nodes
     assert transform.sync() == 0
     assert len(mem.list()) == 1
+
+
+def test_documents_that_no_splitter_cut_are_mirrored_too(mem: KVMem) -> None:
+    """kvmem cuts them; one that the docstore loses goes, and what was added otherwise stays."""
+    mem.add("Something else, from elsewhere.", id="other")
+    docstore = SimpleDocumentStore()
+    pipeline = IngestionPipeline(transformations=[KVMemTransform(mem, docstore)], docstore=docstore)
+    pipeline.run(documents=[Document(text=text(name), id_=name) for name in ("ferry", "tram")])
+    assert {document.id for document in mem.list()} == {"ferry", "tram", "other"}
+    docstore.delete_document("ferry")
+    assert pipeline.transformations[0].sync() == 1
+    assert {document.id for document in mem.list()} == {"tram", "other"}
