@@ -332,7 +332,7 @@ class KVMem:
         tools: functions the model may call, by JSON schema as in OpenAI's API; calls are in `answer.tool_calls`.
         tool_choice: "auto", "none", "any" or a function's name; a forced call follows its schema token by token, and
             so does every answer of a model whose template does not know tools.
-        options: as in `ask`, and `schema`, a JSON schema that the answer then keeps to.
+        options: as in `ask`, and `schema`, a JSON schema that the answer then keeps to, unless it is a call.
         When the window is full, the oldest turns are left out, and `plan` says so.
         Raises EmptyInputError, InputError, PromptTooLongError.
         """
@@ -363,8 +363,7 @@ class KVMem:
         conversation = None if thread is None else (thread, [plain_message(message) for message in given])
         if toolbox is not None:
             given = toolbox.instruct(given)
-            if options.get("schema") is None:
-                options["schema"] = toolbox.schema
+            options["schema"] = toolbox.schema_with(options.get("schema"))
         for_template = toolbox.for_template if toolbox is not None else None
         names = ("max_tokens", "temperature", "top_p", "stop", "seed", "schema")
         named = {name: options.pop(name, None) for name in names}

@@ -76,16 +76,17 @@ class Toolbox:
         functions = [tool["function"] for tool in self._offered]
         if self.choice not in ("auto", "any", "required"):
             functions = [function for function in functions if function["name"] == self.choice]
-        calls = [
-            {
-                "type": "object",
-                "properties": {"name": {"const": f["name"]}, "arguments": f.get("parameters") or {"type": "object"}},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for f in functions
-        ]
-        return calls[0] if len(calls) == 1 else {"anyOf": calls}
+        return _any_of([_call(function) for function in functions])
+
+    def schema_with(self, answer: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """The same, where what is no call has to be JSON of the schema `answer`."""
+        if answer is None or self.choice not in ("auto", "none"):
+            return self.schema
+        if self.choice == "none" or not isinstance(answer, Mapping):
+            return answer
+        shared = {name: answer[name] for name in ("$defs", "definitions") if name in answer}
+        rest = {name: value for name, value in answer.items() if name not in shared}
+        return {**_any_of([*(_call(tool["function"]) for tool in self.tools), rest]), **shared}
 
     def instruct(self, messages: Sequence[Message]) -> list[Message]:
         """`messages`, with the tools at the end of the system message if the template does not tell them."""
@@ -126,3 +127,18 @@ class Toolbox:
         if not isinstance(arguments, dict):
             return None
         return ToolCall(f"call_{uuid4().hex[:24]}", value["name"], arguments)
+
+
+def _call(function: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a call."""
+    arguments = function.get("parameters") or {"type": "object"}
+    return {
+        "type": "object",
+        "properties": {"name": {"const": function["name"]}, "arguments": arguments},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def _any_of(schemas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return dict(schemas[0]) if len(schemas) == 1 else {"anyOf": list(schemas)}

@@ -25,21 +25,20 @@ class Worker:
         self._model = model
         self._executor = ThreadPoolExecutor(model.parallel, thread_name_prefix="kvmem")
         self._streams: WeakSet[AnswerStream] = WeakSet()
+        # Whatever is submitted is either seen by `close`, or refused.
+        self._opening = threading.RLock()
         self.closed = False
 
     def run(self, work: Callable[[], T]) -> T:
         """Wait for `work`, and return or raise what it does. Raises ClosedError when it was never begun."""
-        self.check_open()
 
         def turn() -> T:
             with self.turn() if self._model.parallel == 1 else nullcontext():
                 return work()
 
-        try:
-            future = self._executor.submit(turn)
-        except RuntimeError:
+        with self._opening:
             self.check_open()
-            raise
+            future = self._executor.submit(turn)
         try:
             return future.result()
         except CancelledError:
@@ -59,15 +58,16 @@ class Worker:
     ) -> AnswerStream:
         """Begin `work`; closing the worker cancels it. prepare: called before, in the same thread, while other engines
         of the model may run; its result is handed to `work`."""
-        self.check_open()
 
         def turn(listener: Listener) -> Answer:
             prepared = prepare()
             with self.turn() if self._model.parallel == 1 else nullcontext():
                 return work(listener, prepared)
 
-        stream = AnswerStream(self._executor, turn, timeout)
-        self._streams.add(stream)
+        with self._opening:
+            self.check_open()
+            stream = AnswerStream(self._executor, turn, timeout)
+            self._streams.add(stream)
         return stream
 
     @contextmanager
@@ -92,7 +92,9 @@ class Worker:
 
     def close(self) -> None:
         """Cancel what runs and what waits, and wait for its end."""
-        self.closed = True
-        for stream in tuple(self._streams):
+        with self._opening:
+            self.closed = True
+            streams = tuple(self._streams)
+        for stream in streams:
             stream.close()
         self._executor.shutdown(wait=True, cancel_futures=True)

@@ -405,6 +405,27 @@ def test_reading_a_document_ends_when_nobody_waits() -> None:
     assert time.perf_counter() - began < 5
 
 
+def test_a_document_of_who_left_does_not_wait_any_more(model: LanguageModel) -> None:
+    """Its place in the queue is free, although the one before it is still answered."""
+    with serving(model) as client, model.lock, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, CHAT, json=body())
+        while client.get("/health").json()["running"] == 0:
+            time.sleep(0.01)
+        with pytest.raises(httpx.TimeoutException):
+            client.post("/v1/documents", json={"text": "Every word of it counts."}, timeout=0.3)
+        began = time.perf_counter()
+        while (health := client.get("/health").json())["waiting"]:
+            assert time.perf_counter() - began < 2, health
+            time.sleep(0.01)
+        assert health["running"] == 1
+        model.lock.release()
+        try:
+            assert first.result(20).status_code == 200
+        finally:
+            model.lock.acquire()
+        assert client.get("/v1/documents").json()["data"] == []
+
+
 def test_who_does_not_read_an_answer_keeps_nobody_waiting(model: LanguageModel) -> None:
     """A turn ends when the work is done, whether or not the reply was taken."""
     with serving(model, max_tokens=2000) as client:

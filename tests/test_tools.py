@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -108,3 +109,23 @@ def test_a_forced_call_needs_tools(mem: KVMem) -> None:
     with pytest.raises(kvmem.InputError, match="needs tools"):
         mem.chat(message, tool_choice="any")
     assert mem.chat(message, tools=[WEATHER], tool_choice="any", schema=None, max_tokens=80).tool_calls
+
+
+def test_what_is_no_call_keeps_to_the_schema_that_was_asked_for(mem: KVMem) -> None:
+    """A call stays possible, a forced one is one, and definitions stay where references find them."""
+    where = {"properties": {"to": {"$ref": "#/$defs/To"}}, "required": ["to"], "type": "object"}
+    answer = {**where, "$defs": {"To": {"enum": ["north", "south"]}}}
+    forced, free, none = (Toolbox((WEATHER,), choice, native=True) for choice in ("any", "auto", "none"))
+    assert forced.schema_with(answer) == forced.schema
+    assert none.schema_with(answer) == answer
+    assert free.schema_with(None) is None
+    assert free.schema_with(answer) == {"anyOf": [forced.schema, where], "$defs": answer["$defs"]}
+
+    message = [{"role": "user", "content": "Hi"}]
+    options: dict[str, Any] = {"tools": [WEATHER], "schema": answer, "max_tokens": 80}
+    assert mem.chat(message, tool_choice="weather", **options).tool_calls
+    assert json.loads(mem.chat(message, tool_choice="none", **options).text)["to"] in ("north", "south")
+    found = mem.chat(message, **options)
+    assert found.tool_calls or json.loads(found.text)["to"] in ("north", "south")
+    with pytest.raises(kvmem.InputError, match="schema"):
+        mem.chat(message, tools=[WEATHER], schema="string")

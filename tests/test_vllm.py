@@ -293,6 +293,30 @@ def test_json_and_tools_are_asked_for(mem: KVMem, server: FakeVLLM) -> None:
     assert server.prompts[-1]["structured_outputs"]["json"]["additionalProperties"] is False
 
 
+def test_one_answer_that_fails_ends_the_others_of_its_batch(
+    mem: KVMem, server: FakeVLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller has its error; nobody would look at what the server still writes."""
+    mem.add(FERRY * 3)
+    server.pause = 0.05
+    asked: list[int] = []
+    real = type(mem._backend)._complete
+
+    async def failing(self: Any, *args: Any) -> Any:
+        asked.append(len(asked))
+        if len(asked) == 4:
+            raise RemoteError("It is gone.")
+        return await real(self, *args)
+
+    monkeypatch.setattr(type(mem._backend), "_complete", failing)
+    with pytest.raises(RemoteError, match="gone"):
+        mem.batch([f"When does number {n} leave?" for n in range(8)], max_tokens=30)
+    began = time.perf_counter()
+    while server.running:
+        assert time.perf_counter() - began < 0.7
+        time.sleep(0.01)
+
+
 def test_the_command_line_asks_a_server_too(url: str, tmp_path: Path) -> None:
     """As it asks a model of its own: no option has to be left out."""
     (tmp_path / "ferry.md").write_text(FERRY * 3)

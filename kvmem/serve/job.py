@@ -56,13 +56,14 @@ class Desk:
 
     async def work(self, namespace: str, work: Callable[[KVMem, Callable[[], bool]], T]) -> T:
         """Do `work` in a turn. It gets the engine, and what says that nobody waits for it any more."""
-        deadline, left = self._deadline(), asyncio.Event()
+        deadline, left, entered = self._deadline(), asyncio.Event(), asyncio.Event()
 
         def over() -> bool:
             return left.is_set() or time.monotonic() > deadline or self.tenants.closed
 
         async def turn() -> T:
             await self._enter(namespace, deadline)
+            entered.set()
             try:
                 return await self.look(namespace, lambda mem: work(mem, over))
             except ClosedError:
@@ -77,6 +78,8 @@ class Desk:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             left.set()
+            if not entered.is_set():
+                task.cancel()
             raise
 
     async def begin(self, namespace: str, start: Callable[[KVMem, float], AnswerStream]) -> Job:

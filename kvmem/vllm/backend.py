@@ -106,7 +106,15 @@ class VLLMBackend:
 
         async def all_of() -> list[Completion]:
             first = await one(requests[0])
-            return [first, *await asyncio.gather(*(one(request) for request in requests[1:]))]
+            rest = [asyncio.ensure_future(one(request)) for request in requests[1:]]
+            try:
+                return [first, *await asyncio.gather(*rest)]
+            except BaseException:
+                # Nobody will look at the others.
+                for task in rest:
+                    task.cancel()
+                await asyncio.gather(*rest, return_exceptions=True)
+                raise
 
         if not requests:
             return []

@@ -190,7 +190,11 @@ class _Watched:
         """What `call` gives, or None when it was given up."""
         task = asyncio.ensure_future(call)
         while not task.done():
-            await asyncio.wait([task], timeout=_GLANCE)
+            try:
+                await asyncio.wait([task], timeout=_GLANCE)
+            except asyncio.CancelledError:
+                task.cancel()
+                raise
             if self._cancelled():
                 self.over = True
                 task.cancel()

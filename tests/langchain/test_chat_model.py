@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from helpers import gaps_while_busy
+from helpers import gaps_while_busy, open_mem
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
@@ -254,6 +254,34 @@ def test_an_answer_whose_engine_closes_is_an_error_not_a_cancelled_task(model: L
             await waiting
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("way", ["ainvoke", "astream", "agenerate"])
+def test_the_first_call_opens_its_engine_off_the_event_loop(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Loading a model takes seconds, in which others are served."""
+    opened: list[threading.Thread] = []
+
+    def opening(*_: Any, **__: Any) -> KVMem:
+        opened.append(threading.current_thread())
+        return open_mem(model, None)
+
+    monkeypatch.setattr("langchain_kvmem.chat_model.KVMem", opening)
+    chat = ChatKVMem(model="tiny", max_tokens=2)
+
+    async def main() -> None:
+        if way == "ainvoke":
+            await chat.ainvoke("Hi")
+        elif way == "astream":
+            assert [chunk async for chunk in chat.astream("Hi")]
+        else:
+            await chat.agenerate([[HumanMessage("Hi")]])
+
+    asyncio.run(main())
+    assert len(opened) == 1
+    assert opened[0] is not threading.main_thread()
+    chat.engine.close()
 
 
 def test_a_forced_tool_is_called_with_its_arguments(chat: ChatKVMem) -> None:
