@@ -311,10 +311,8 @@ def test_one_answer_that_fails_ends_the_others_of_its_batch(
     monkeypatch.setattr(type(mem._backend), "_complete", failing)
     with pytest.raises(RemoteError, match="gone"):
         mem.batch([f"When does number {n} leave?" for n in range(8)], max_tokens=30)
-    began = time.perf_counter()
-    while server.running:
-        assert time.perf_counter() - began < 0.7
-        time.sleep(0.01)
+    time.sleep(0.5)  # long enough for the others to have begun, and a third of what they would take
+    assert server.running == 0
 
 
 def test_the_command_line_asks_a_server_too(url: str, tmp_path: Path) -> None:
