@@ -110,7 +110,7 @@ class KVMem:
         Raises InputError, EmptyInputError, ClosedError; the corpus is unchanged then.
         """
         new = self._library.check(as_document(document, id, metadata))
-        return self._worker.read(lambda: self._library.add(new), cancelled or (lambda: False))
+        return self._worker.read(lambda: self._library.add(new), cancelled)
 
     def add_all(
         self, documents: Iterable[Any], progress: Callable[[Document, int, int], None] | None = None

@@ -44,11 +44,11 @@ class Worker:
         except CancelledError:
             raise ClosedError("This KVMem was closed before the work was begun. Open a new one.") from None
 
-    def read(self, work: Callable[[], T], cancelled: Callable[[], bool] = lambda: False) -> T:
+    def read(self, work: Callable[[], T], cancelled: Callable[[], bool] | None = None) -> T:
         """Like `run`, for work that may end halfway, by a ClosedError: once `cancelled` is true, or this is closed."""
 
         def reading() -> T:
-            with self._model.giving_up(lambda: self.closed or cancelled()):
+            with self._model.giving_up(lambda: self.closed or (cancelled is not None and cancelled())):
                 return work()
 
         return self.run(reading)
