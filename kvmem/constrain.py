@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,96 +10,12 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from kvmem.any_model import AnyModel
-from kvmem.errors import InputError, first_line
+from kvmem.errors import InputError
 from kvmem.model import LanguageModel
+from kvmem.narrow import Schema, narrow_for, property_names
 
-Schema = Mapping[str, Any]
-
-
-_SAMPLE = "The night ferry leaves Port Ellery at ten past nine and reaches Saint Orrin at dawn, in any weather."
-_LARGEST_INTEGER = 2**53
-# How many elements a list of no given length may well get.
-_LIKELY_ITEMS = 4
 # What ends something outside of strings, outermost first.
 _CLOSING = ("}", "]", '"')
-# What holds data of the user's, and what joins a schema with others.
-_DATA = {"const", "enum", "default", "examples"}
-_COMBINING = {"allOf", "anyOf", "oneOf", "$ref"}
-
-
-def narrow(schema: Schema, characters: int) -> dict[str, Any]:
-    """A schema whose JSON is valid under `schema` too, and that a small model can finish.
-
-    Objects that list their properties (and are not combined with others) get no more, strings of no given length share
-    `characters`, and integers are those that JSON's readers agree on: a small model would fill any of them until the
-    answer is cut off in the middle.
-    """
-    longest = max(16, characters // max(1, _count_strings(schema)))
-
-    def visit(node: Any, combined: bool = False) -> Any:
-        if isinstance(node, list):
-            return [visit(item, combined) for item in node]
-        if not isinstance(node, Mapping):
-            return node
-        found = {
-            name: value if name in _DATA else visit(value, combined=name == "allOf") for name, value in node.items()
-        }
-        if isinstance(found.get("properties"), dict) and not combined and not found.keys() & _COMBINING:
-            found.setdefault("additionalProperties", False)
-        if _is_open_string(found):
-            found["maxLength"] = max(longest, found.get("minLength", 0))
-        if found.get("type") == "integer" and not found.keys() & {"enum", "const"}:
-            if not found.keys() & {"minimum", "exclusiveMinimum"}:
-                found["minimum"] = -_LARGEST_INTEGER
-            if not found.keys() & {"maximum", "exclusiveMaximum"}:
-                found["maximum"] = _LARGEST_INTEGER
-        return found
-
-    narrowed: dict[str, Any] = visit(schema)
-    return narrowed
-
-
-def narrow_for(model: AnyModel, schema: Schema, max_tokens: int) -> dict[str, Any]:
-    """`schema`, narrowed so that its JSON has a good chance to be complete after `max_tokens`. Raises InputError."""
-    if not isinstance(schema, Mapping):
-        raise InputError(f"The schema is a {type(schema).__name__}. Give a JSON schema, as a mapping.")
-    try:
-        return _narrow_for(model, schema, max_tokens)
-    except (TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise InputError(f"The schema is not one: {first_line(error)}. Give a JSON schema.") from error
-    except RecursionError:
-        raise InputError("The schema is too deep. Give a flatter one.") from None
-
-
-def _narrow_for(model: AnyModel, schema: Schema, max_tokens: int) -> dict[str, Any]:
-    names = json.dumps(dict.fromkeys(_property_names(schema), ""))
-    # Rambling is made of short words: fewer characters by token than a text has.
-    characters = 0.6 * len(_SAMPLE) / model.count_tokens(_SAMPLE)
-    return narrow(schema, int(characters * max(0, max_tokens - model.count_tokens(names))))
-
-
-def _property_names(node: Any) -> list[str]:
-    if isinstance(node, list):
-        return [name for item in node for name in _property_names(item)]
-    if not isinstance(node, Mapping):
-        return []
-    own = list(node["properties"]) if isinstance(node.get("properties"), Mapping) else []
-    return own + [name for key, value in node.items() if key not in _DATA for name in _property_names(value)]
-
-
-def _is_open_string(node: Mapping[str, Any]) -> bool:
-    return node.get("type") == "string" and not node.keys() & {"maxLength", "enum", "const", "pattern", "format"}
-
-
-def _count_strings(node: Any) -> int:
-    if isinstance(node, list):
-        return sum(map(_count_strings, node))
-    if not isinstance(node, Mapping):
-        return 0
-    items = int(node.get("maxItems", _LIKELY_ITEMS)) if "items" in node else 1
-    inner = sum(_count_strings(value) for name, value in node.items() if name not in _DATA)
-    return int(_is_open_string(node)) + items * inner
 
 
 class JsonConstraint(LogitsProcessor):
@@ -125,7 +40,7 @@ class JsonConstraint(LogitsProcessor):
         self._check()
         self._read = -1
         self._model, self._max_tokens = model, max_tokens
-        self._names = _property_names(schema)
+        self._names = property_names(schema)
         self._written: list[int] = []
         vocabulary = model.tokenizer.get_vocab()
         self._marks = [vocabulary[mark] for mark in _CLOSING if mark in vocabulary]

@@ -21,9 +21,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvmem.answer import FinishReason
 from kvmem.cache import BlendedCache
-from kvmem.constrain import JsonConstraint, Schema
+from kvmem.constrain import JsonConstraint
 from kvmem.errors import InputError, KVMemError, first_line
 from kvmem.model import LanguageModel
+from kvmem.narrow import Schema
 from kvmem.stream import Listener
 
 _RESERVED = {

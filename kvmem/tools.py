@@ -88,16 +88,22 @@ class Toolbox:
         rest = {name: value for name, value in answer.items() if name not in shared}
         return {**_any_of([*(_call(tool["function"]) for tool in self.tools), rest]), **shared}
 
-    def instruct(self, messages: Sequence[Message]) -> list[Message]:
-        """`messages`, with the tools at the end of the system message if the template does not tell them."""
+    def instruct(self, messages: Sequence[Message], answer: Mapping[str, Any] | None = None) -> list[Message]:
+        """`messages`, with the tools at the end of the system message if the template does not tell them.
+
+        answer: the schema of what is no call, as in `schema_with`.
+        """
         if self.native or self.choice == "none":
             return list(messages)
-        functions = "\n".join(json.dumps(tool["function"]) for tool in self._offered)
+        either = answer is not None and self.choice == "auto"
+        functions = "\n".join(json.dumps(tool["function"]) for tool in (self.tools if either else self._offered))
         text = (
             "You work by calling one of these functions:\n"
             f"{functions}\n"
             'Write nothing but JSON: {"name": "<function>", "arguments": {...}}'
         )
+        if either:
+            text += f"\nWhen you know the answer, write JSON of this schema instead: {json.dumps(answer, default=str)}"
         if messages and messages[0].get("role") == "system":
             content = [*as_pieces(messages[0].get("content")), f"\n\n{text}"]
             return [{**messages[0], "content": content}, *messages[1:]]

@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import jsonschema
 import pytest
 
 import kvmem
 from kvmem import KVMem
-from kvmem.constrain import narrow
+from kvmem.narrow import narrow
 from kvmem.tools import Toolbox
 
 WEATHER: dict[str, Any] = {
@@ -47,6 +48,10 @@ def test_a_model_without_tools_in_its_template_is_told_and_bound() -> None:
     assert len(free.schema["anyOf"]) == 2
     assert forced.schema is not None
     assert forced.schema["properties"]["name"] == {"const": "weather"}
+    (told,) = free.instruct([], answer={"enum": ["north"]})
+    assert '"answer"' not in told["content"]
+    assert told["content"].endswith('write JSON of this schema instead: {"enum": ["north"]}')
+    assert "north" not in forced.instruct([], answer={"enum": ["north"]})[0]["content"]
     native = Toolbox((WEATHER,), "auto", native=True)
     assert native.instruct([user]) == [user]
     assert (native.schema, native.for_template) == (None, (WEATHER,))
@@ -101,6 +106,42 @@ def test_a_narrowed_schema_stays_satisfiable_and_keeps_its_data() -> None:
     assert listed["items"]["maxLength"] == 20
     assert found["fixed"] == schema["properties"]["fixed"]  # type: ignore[index]
     assert found["both"] == schema["properties"]["both"]  # type: ignore[index]
+
+
+NAMED = {"type": "object", "properties": {"name": {"enum": ["Ada"]}}, "required": ["name"]}
+AGED = {"properties": {"age": {"enum": [36]}}, "required": ["age"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"$defs": {"N": NAMED}, "allOf": [{"$ref": "#/$defs/N"}, AGED]}, {"name": "Ada", "age": 36}),
+        ({**NAMED, "anyOf": [AGED]}, {"name": "Ada", "age": 36}),
+        ({**NAMED, "$defs": {"~a/": AGED}, "$ref": "#/$defs/~0a~1"}, {"name": "Ada", "age": 36}),
+        (
+            {"allOf": [{"properties": {"who": NAMED}}, {"properties": {"who": AGED}}], "required": ["who"]},
+            {"who": {"name": "Ada", "age": 36}},
+        ),
+        ({"type": "object", "properties": {"not": NAMED}, "required": ["not"]}, {"not": {"name": "Ada"}}),
+    ],
+)
+def test_a_narrowed_schema_allows_what_several_of_its_parts_ask_for(
+    mem: KVMem, schema: dict[str, Any], value: dict[str, Any]
+) -> None:
+    """Parts that apply to the same object do not forbid each other's properties, and answers can be given."""
+    jsonschema.validate(value, narrow(schema, 100))
+    answer = mem.chat([{"role": "user", "content": "Hi"}], schema=schema, max_tokens=80)
+    jsonschema.validate(json.loads(answer.text), schema)
+
+
+def test_what_stands_alone_is_closed_through_references_too() -> None:
+    """A definition that is all that is said of an object gets no more properties; under "not" nothing changes."""
+    alone = {"$defs": {"N": NAMED}, "items": {"anyOf": [{"$ref": "#/$defs/N"}, {"type": "null"}]}, "not": NAMED}
+    found = narrow(alone, 100)
+    assert found["$defs"]["N"]["additionalProperties"] is False
+    assert found["not"] == NAMED
+    both = {**alone, "prefixItems": [{"allOf": [{"$ref": "#/$defs/N"}, AGED]}]}
+    assert narrow(both, 100)["$defs"]["N"] == NAMED
 
 
 def test_a_forced_call_needs_tools(mem: KVMem) -> None:

@@ -11,10 +11,10 @@ from itertools import takewhile
 from typing import Any
 
 from kvmem.answer import Answer, Prefill, Timings, Usage
-from kvmem.constrain import narrow_for
 from kvmem.entry import EntryInfo
 from kvmem.errors import InputError
 from kvmem.generate import Sampling
+from kvmem.narrow import narrow_for
 from kvmem.prompt import Span
 from kvmem.request import Request
 from kvmem.settings import BlendSettings
