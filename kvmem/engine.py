@@ -28,7 +28,6 @@ from kvmem.retrieve import BM25Retriever, Retriever
 from kvmem.settings import BlendSettings, Settings
 from kvmem.stats import Stats
 from kvmem.store.base import Store
-from kvmem.store.forget import forget_namespace
 from kvmem.store.open import open_store
 from kvmem.stream import AnswerStream, Deadline, Listener
 from kvmem.thread import Threads, Turn, plain_message, recut
@@ -183,9 +182,8 @@ class KVMem:
         name = self.settings.namespace if namespace is None else namespace
 
         def work() -> int:
-            self._backend.release()
-            self._corpus.release()
-            return forget_namespace(self.store, name)
+            self._threads.end_all()
+            return self._library.forget_namespace(name)
 
         return self._worker.run(work)
 
@@ -203,12 +201,7 @@ class KVMem:
 
     def forget_thread(self, thread: str) -> None:
         """Remove a conversation and what is kept of it. Raises UnknownThreadError."""
-
-        def work() -> None:
-            self._backend.release()
-            self._library.forget_spans(self._threads.remove(thread))
-
-        self._worker.run(work)
+        self._worker.run(lambda: self._library.forget_spans(self._threads.remove(thread)))
 
     # Questions
 
@@ -362,7 +355,7 @@ class KVMem:
         given = check_messages(messages)
         conversation = None if thread is None else (thread, [plain_message(message) for message in given])
         if toolbox is not None:
-            given = toolbox.instruct(given)
+            given = toolbox.instruct(given, options.get("schema"))
             options["schema"] = toolbox.schema_with(options.get("schema"))
         for_template = toolbox.for_template if toolbox is not None else None
         names = ("max_tokens", "temperature", "top_p", "stop", "seed", "schema")
@@ -426,6 +419,7 @@ class KVMem:
         parsed = self._parse_blend(blend)
 
         def work(listener: Listener, settings: BlendSettings) -> Answer:
+            removals = 0 if conversation is None else self._threads.removals(conversation[0])
             with self._worker.turn(), self.model.giving_up(listener.cancelled):
                 request = build()
             if known is not None:
@@ -438,13 +432,13 @@ class KVMem:
                 if conversation is not None and turn is None:
                     # What was read of it is stored all the same, and goes with the conversation.
                     left = Turn(None, request.prompt.said)
-                    self._threads.keep(conversation[0], self.model.fingerprint, left)
+                    self._threads.keep(conversation[0], self.model.fingerprint, left, removals)
             if toolbox is not None:
                 text, calls = toolbox.read(answer.text)
                 answer = replace(answer, text=text, tool_calls=calls)
             if conversation is not None and turn is not None:
                 thread, messages = conversation
-                self._threads.keep(thread, self.model.fingerprint, turn, [*messages, answer.message])
+                self._threads.keep(thread, self.model.fingerprint, turn, removals, [*messages, answer.message])
             return answer
 
         return self._worker.stream(work, timeout, lambda: self._resolve(parsed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 
 from kvmem.backend import Backend
@@ -14,10 +15,14 @@ from kvmem.request import RequestBuilder
 from kvmem.settings import Settings
 from kvmem.stats import DocumentStats, Stats
 from kvmem.store.base import Store
+from kvmem.store.forget import forget_namespace
+
+# Chunks that are tokenised at a time.
+_TOGETHER = 64
 
 
 class Library:
-    """The corpus and the caches of its texts, kept in step. For the engine's thread."""
+    """The corpus and the caches of its texts, kept in step. Changes of them wait for each other."""
 
     def __init__(
         self,
@@ -30,6 +35,7 @@ class Library:
     ) -> None:
         self._window, self._store, self._corpus, self._settings = window, store, corpus, settings
         self._backend, self._requests = backend, requests
+        self._changing = threading.RLock()
 
     def check(self, document: Document) -> Document:
         """Raise InputError if it is too long."""
@@ -43,6 +49,10 @@ class Library:
 
     def add(self, new: Document) -> Document:
         """Keep and read `new`; on failure the corpus is as it was. One that is there unchanged costs nothing."""
+        with self._changing:
+            return self._add(new)
+
+    def _add(self, new: Document) -> Document:
         new = self._corpus.split(new)
         old = self._corpus.find(new.id)
         if old == new and all(self._backend.has_read(span) for span in self._spans(new)):
@@ -62,9 +72,10 @@ class Library:
 
     def update(self, new: Document) -> Document:
         """Like `add`, of a document that is there. Raises UnknownDocumentError."""
-        if self._corpus.find(new.id) is None:
-            raise UnknownDocumentError(f"There is no document {new.id!r} to update. add() it.")
-        return self.add(new)
+        with self._changing:
+            if self._corpus.find(new.id) is None:
+                raise UnknownDocumentError(f"There is no document {new.id!r} to update. add() it.")
+            return self._add(new)
 
     def read(self, documents: Sequence[Document]) -> None:
         """Read texts that are not of the corpus, each behind the system prompt; one that is known costs nothing."""
@@ -76,27 +87,39 @@ class Library:
 
     def forget_text(self, document: Document) -> None:
         """Remove the caches of a text that is not of the corpus, unless the corpus has it as well."""
-        self._forget(self._corpus.split(document))
+        with self._changing:
+            self._forget(self._corpus.split(document))
 
     def forget_spans(self, spans: Mapping[str, Iterable[str]]) -> None:
         """Remove the caches of a conversation: every entry of these tokens, by fingerprint of the model, but not those
         of the system prompt and of documents."""
-        kept = self._corpus.in_use() | {span.digest for span in self._requests.prefix(None)}
-        for fingerprint, digests in spans.items():
-            for digest in set(digests) - kept:
-                key = EntryKey(self._settings.namespace, fingerprint, "", digest)
-                for info in self._store.find(key):
-                    self._store.delete(info.key)
+        with self._changing:
+            self._backend.release()
+            kept = self._corpus.in_use() | {span.digest for span in self._requests.prefix(None)}
+            for fingerprint, digests in spans.items():
+                for digest in set(digests) - kept:
+                    key = EntryKey(self._settings.namespace, fingerprint, "", digest)
+                    for info in self._store.find(key):
+                        self._store.delete(info.key)
 
     def remove(self, document_id: str) -> None:
         """Raises UnknownDocumentError."""
-        self._forget(self._corpus.remove(document_id))
+        with self._changing:
+            self._forget(self._corpus.remove(document_id))
 
     def clear(self) -> None:
-        for document in tuple(self._corpus):
-            self._corpus.remove(document.id)
-        self._backend.release()
-        self._store.clear(self._settings.namespace)
+        with self._changing:
+            for document in tuple(self._corpus):
+                self._corpus.remove(document.id)
+            self._backend.release()
+            self._store.clear(self._settings.namespace)
+
+    def forget_namespace(self, namespace: str) -> int:
+        """Remove every byte of a namespace; the number of entries. Raises StoreError."""
+        with self._changing:
+            self._backend.release()
+            self._corpus.release()
+            return forget_namespace(self._store, namespace)
 
     def stats(self) -> Stats:
         rows = tuple(self._document_stats(document) for document in self._corpus)
@@ -115,18 +138,14 @@ class Library:
     def _read(self, document: Document, anew: bool) -> None:
         """Bring the document's chunks into the store: in place behind the corpus while that fits the window."""
         prefix = self._requests.prefix(None)
-        own = self._spans(document)
-        room = self._window - sum(map(len, prefix))
-        corpus: list[Span] = []
-        for chunk in self._corpus.chunks():
-            corpus.append(self._corpus.span(chunk))
-            room -= len(corpus[-1])
-            if room < self._settings.max_tokens:
-                break
-        else:
-            self._backend.read([*prefix, *corpus], in_place=document.id if anew else None)
-            return
-        self._read_alone(prefix, own)
+        room = self._window - sum(map(len, prefix)) - self._settings.max_tokens
+        chunks, corpus = self._corpus.chunks(), list[Span]()
+        for start in range(0, len(chunks), _TOGETHER):
+            corpus += self._corpus.spans(chunks[start : start + _TOGETHER])
+            if sum(map(len, corpus)) > room:
+                self._read_alone(prefix, self._spans(document))
+                return
+        self._backend.read([*prefix, *corpus], in_place=document.id if anew else None)
 
     def _read_alone(self, prefix: Sequence[Span], spans: Sequence[Span]) -> None:
         """Read consecutive chunks behind the prefix, as many at a time as fit the window. Raises PromptTooLongError."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -45,6 +46,7 @@ class Threads:
     def __init__(self, rows: MutableMapping[str, str], namespace: str) -> None:
         self._rows, self._namespace = rows, namespace
         self._lock = threading.Lock()
+        self._removed: Counter[str] = Counter()
 
     def _name(self, thread: str) -> str:
         if not isinstance(thread, str) or not thread:
@@ -71,10 +73,26 @@ class Threads:
         found = json.loads(raw)["branches"].get(fingerprint, []) if raw is not None else []
         return [Branch(tuple(row["token_ids"]), tuple(row["edges"])) for row in found]
 
-    def keep(self, thread: str, fingerprint: str, turn: Turn, messages: Sequence[Message] | None = None) -> None:
-        """Note the conversation as it is now, and what is to be removed with it. messages: None, as they were."""
+    def removals(self, thread: str) -> int:
+        """How often it was removed, for `keep`."""
+        return self._removed[self._name(thread)] + self._removed[""]
+
+    def keep(
+        self,
+        thread: str,
+        fingerprint: str,
+        turn: Turn,
+        removals: int,
+        messages: Sequence[Message] | None = None,
+    ) -> None:
+        """Note the conversation as it is now, and what is to be removed with it.
+
+        removals: as they were when the turn began; one that was removed since stays so. messages: None, as they were.
+        """
         branch = turn.branch
         with self._lock:
+            if self.removals(thread) != removals:
+                return
             raw = self._rows.get(self._name(thread))
             row = json.loads(raw) if raw is not None else {"messages": [], "branches": {}, "spans": {}}
             branches, spans = row["branches"], row["spans"]
@@ -96,8 +114,14 @@ class Threads:
             if raw is None:
                 raise UnknownThreadError(f"There is no conversation {thread!r}. Known are: {self.names()!r}.")
             del self._rows[self._name(thread)]
+            self._removed[self._name(thread)] += 1
         found: dict[str, list[str]] = json.loads(raw)["spans"]
         return found
+
+    def end_all(self) -> None:
+        """Keep no turn that has begun; for when every conversation is about to be removed."""
+        with self._lock:
+            self._removed[""] += 1
 
 
 def recut(prompt: Prompt, branches: Sequence[Branch]) -> Prompt:

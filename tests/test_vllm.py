@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,39 @@ def test_one_namespace_reads_while_another_asks(url: str, server: FakeVLLM) -> N
             b.ask("When?", context=["x"])
             assert not reading.done()
             reading.result()
+
+
+def test_a_conversation_that_is_forgotten_meanwhile_stays_so(mem: KVMem, server: FakeVLLM) -> None:
+    """An answer that was under way brings nothing of it back, however it ends; the next one begins anew."""
+    hello = [{"role": "user", "content": "Hello"}]
+    for forget, ended in product((lambda: mem.forget_thread("t"), mem.forget_user), (True, False)):
+        server.pause = 0.0
+        mem.chat(hello, thread="t")
+        server.pause = 0.05
+        stream = mem.stream_chat(hello, thread="t", max_tokens=20)
+        next(stream)
+        forget()
+        if not ended:
+            stream.close()
+        assert stream.answer.finish_reason == ("length" if ended else "cancelled")
+        assert (mem.threads(), list(mem.store.documents)) == ([], [])
+    server.pause = 0.0
+    mem.chat(hello, thread="t")
+    assert mem.threads() == ["t"]
+
+
+def test_changes_of_documents_wait_for_each_other(mem: KVMem, server: FakeVLLM) -> None:
+    """What is removed while a new text of it is read does not come back when that fails."""
+    mem.add(FERRY, id="ferry")
+    server.pause, server.breaks_after = 0.3, 0
+    with ThreadPoolExecutor(1) as pool:
+        updating = pool.submit(mem.update, "ferry", "The tram leaves at noon.")
+        while not server.running:
+            time.sleep(0.01)
+        mem.remove("ferry")
+        with pytest.raises(RemoteError):
+            updating.result()
+    assert mem.list() == ()
 
 
 def test_a_server_over_a_server_keeps_its_address_to_itself(saved_model: str) -> None:
