@@ -289,6 +289,10 @@ def _check_documents(store: Store) -> None:
     documents["a"] = "eins"
     documents["../b"] = "zwei" * 20_000
     documents["a"] = "drei"
-    _expect(dict(documents) == {"a": "drei", "../b": "zwei" * 20_000}, "documents come back")
-    del documents["a"]
+    long = {"x" * length: "vier" for length in (150, 151, 300, 600)}
+    documents.update(long)
+    _expect(dict(documents) == {"a": "drei", "../b": "zwei" * 20_000, **long}, "documents come back")
+    for name in ("a", *long):
+        del documents[name]
     _expect(list(documents) == ["../b"], "a deleted document is gone")
+    _expect(documents.pop("a", None) is None, "a document that is not there can be popped")

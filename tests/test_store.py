@@ -386,6 +386,10 @@ def test_an_object_store_that_fails_later_costs_time_only(
         store.scrub(entry.key.namespace)
     with open_mem(model, None) as without, open_mem(model, store) as mem:
         assert mem.ask("What?", context=["A text."]).text == without.ask("What?", context=["A text."]).text
+        documents = store.documents
+        for use in (mem.list, lambda: mem.add("A text."), mem.forget_user, lambda: documents.pop("a", None)):
+            with pytest.raises(StoreError, match="slow down"):
+                use()
 
 
 def test_what_cannot_be_removed_from_an_object_store_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

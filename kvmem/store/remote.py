@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator, MutableMapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from kvmem.store.base import Problem, StoreStats
 from kvmem.store.codec import DamagedEntryError, KVDtype, check_kv_dtype, decode, encode
 
 logger = logging.getLogger("kvmem")
+# File systems take 255 bytes, and one more marks a directory.
+_LONGEST = 200
 
 
 class FsspecStore:
@@ -223,34 +225,56 @@ def _decode(data: bytes, key: EntryKey | None) -> KVEntry:
 
 
 class _Documents(MutableMapping[str, str]):
+    """Texts by name, an object each. Raises StoreError where the file system fails."""
+
     def __init__(self, fs: Any, root: str) -> None:
         self._fs, self._root = fs, root
 
     def _path(self, name: str) -> str:
-        return f"{self._root}/{base64.urlsafe_b64encode(name.encode()).decode()}"
+        """The name in base64; a long one takes several directories, whose names no object has."""
+        encoded = base64.urlsafe_b64encode(name.encode()).decode()
+        parts = [encoded[start : start + _LONGEST] for start in range(0, len(encoded), _LONGEST)]
+        return "/".join([self._root, *(f"{part}~" for part in parts[:-1]), *parts[-1:]])
+
+    def _named(self, path: str) -> str:
+        encoded = path[path.rindex("/documents/") + len("/documents/") :].replace("~/", "")
+        return base64.urlsafe_b64decode(encoded).decode()
 
     def __getitem__(self, name: str) -> str:
-        try:
-            data: bytes = self._fs.cat_file(self._path(name))
-        except FileNotFoundError:
-            raise KeyError(name) from None
+        with _told("read"):
+            try:
+                data: bytes = self._fs.cat_file(self._path(name))
+            except FileNotFoundError:
+                raise KeyError(name) from None
         return data.decode()
 
     def __setitem__(self, name: str, text: str) -> None:
-        try:
-            self._fs.pipe_file(self._path(name), text.encode())
-        except Exception as error:
-            raise StoreError(f"A document could not be kept: {error}. Check that the store can be written.") from error
+        path = self._path(name)
+        with _told("kept"):
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._fs.pipe_file(path, text.encode())
 
     def __delitem__(self, name: str) -> None:
-        if not self._fs.exists(self._path(name)):
-            raise KeyError(name)
-        self._fs.rm(self._path(name))
+        with _told("removed"):
+            try:
+                self._fs.rm(self._path(name))
+            except FileNotFoundError:
+                raise KeyError(name) from None
 
     def __iter__(self) -> Iterator[str]:
-        self._fs.invalidate_cache()
-        names = [path.rsplit("/", 1)[-1] for path in self._fs.find(self._root)]
-        return iter([base64.urlsafe_b64decode(name).decode() for name in names])
+        with _told("listed"):
+            self._fs.invalidate_cache()
+            return iter([self._named(path) for path in self._fs.find(self._root)])
 
     def __len__(self) -> int:
         return len(list(iter(self)))
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, StoreError):
+        raise
+    except Exception as error:  # every file system has errors of its own
+        raise StoreError(f"Documents could not be {what}: {error}. Check that the store can be reached.") from error
