@@ -25,8 +25,13 @@ def said_by_the_user(messages: Sequence[AnyMessage]) -> list[str]:
     return [str(message.text) for message in messages if isinstance(message, HumanMessage) and message.text.strip()]
 
 
+def _is_summary(message: AnyMessage) -> bool:
+    """Whether LangChain's SummarizationMiddleware wrote it, in the name of the user."""
+    return message.additional_kwargs.get("lc_source") == "summarization"
+
+
 class _State(AgentState[Any]):
-    kvmem_before: NotRequired[Annotated[int, PrivateStateAttr]]
+    kvmem_earlier: NotRequired[Annotated[list[str | None], PrivateStateAttr]]
 
 
 class KVMemMiddleware(AgentMiddleware[_State, Any, Any]):
@@ -35,8 +40,9 @@ class KVMemMiddleware(AgentMiddleware[_State, Any, Any]):
     Memories are context of a `ChatKVMem`, cached one by one; another model gets them at the end of its system message.
 
     memory: of the user, or a function from the agent's runtime to it (several users, one agent). k: how many are
-        recalled beside the pinned ones. extract: from the messages of a run to the texts to remember; None remembers
-        nothing. A text that cannot be remembered is logged; the agent's answer is not lost for it.
+        recalled beside the pinned ones. extract: from the messages of a run, those that are left when it ends, to the
+        texts to remember; None remembers nothing. A text that cannot be remembered is logged; the agent's answer is
+        not lost for it.
     """
 
     state_schema = _State
@@ -55,10 +61,10 @@ class KVMemMiddleware(AgentMiddleware[_State, Any, Any]):
         return self._memory if isinstance(self._memory, Memory) else self._memory(runtime)
 
     def before_agent(self, state: _State, runtime: Runtime[Any]) -> dict[str, Any] | None:
-        """Note how many messages are of earlier runs of the thread: those up to the last answer."""
+        """Note which messages are of earlier runs of the thread: those up to the last answer."""
         messages = state["messages"]
         answered = [number for number, message in enumerate(messages, 1) if isinstance(message, AIMessage)]
-        return {"kvmem_before": answered[-1] if answered else 0}
+        return {"kvmem_earlier": [message.id for message in messages[: answered[-1] if answered else 0]]}
 
     async def abefore_agent(self, state: _State, runtime: Runtime[Any]) -> dict[str, Any] | None:
         return self.before_agent(state, runtime)
@@ -85,7 +91,10 @@ class KVMemMiddleware(AgentMiddleware[_State, Any, Any]):
         if self._extract is None:
             return None
         memory = self._of(runtime)
-        for text in self._extract(state["messages"][state.get("kvmem_before", 0) :]):
+        # Another middleware may have removed messages, or put others before them.
+        earlier = set(state.get("kvmem_earlier", ()))
+        said = [message for message in state["messages"] if message.id not in earlier and not _is_summary(message)]
+        for text in self._extract(said):
             try:
                 if memory.find(_identity(text)) is None:
                     memory.remember(text, id=_identity(text))

@@ -40,6 +40,7 @@ _LOCKS: WeakKeyDictionary[Store, threading.RLock] = WeakKeyDictionary()
 _GUARD = threading.Lock()
 _Row = dict[str, Any]
 _Place = tuple[tuple[str, ...], str]
+_Found = tuple[tuple[str, ...], str, _Row]
 
 
 class KVMemStore(BaseStore):
@@ -84,6 +85,7 @@ class KVMemStore(BaseStore):
         later counts."""
         results: list[Result] = []
         puts: dict[_Place, PutOp] = {}
+        searches: list[tuple[int, SearchOp, list[_Found]]] = []
         with self._lock:
             for op in ops:
                 if isinstance(op, PutOp):
@@ -93,11 +95,15 @@ class KVMemStore(BaseStore):
                 elif isinstance(op, GetOp):
                     results.append(self._get(op))
                 elif isinstance(op, SearchOp):
-                    results.append(self._search(op))
+                    searches.append((len(results), op, self._candidates(op)))
+                    results.append(None)
                 elif isinstance(op, ListNamespacesOp):
                     results.append(self._list_namespaces(op))
                 else:
                     raise ValueError(f"Unknown operation type: {type(op)}")
+        for place, search, candidates in searches:
+            results[place] = self._best(search, candidates)
+        with self._lock:
             changes = [self._put(op) for op in puts.values()]
         for old, new in changes:
             self._follow(old, new)
@@ -159,15 +165,19 @@ class KVMemStore(BaseStore):
         row = json.loads(raw)
         if _expired(row, time.time()):
             return None
-        self._refresh(self._name(op.namespace, op.key), row, op.refresh_ttl)
+        if op.refresh_ttl:
+            self._refresh(op.namespace, op.key)
         return Item(value=row["value"], key=op.key, namespace=op.namespace, **_times(row))
 
-    def _refresh(self, name: str, row: _Row, wanted: bool) -> None:
-        if wanted and row["ttl"] is not None:
-            row["expires"] = time.time() + 60 * row["ttl"]
-            self._mem.store.documents[name] = json.dumps(row)
+    def _refresh(self, namespace: tuple[str, ...], key: str) -> None:
+        """Begin an item's time to live anew, as it is by now."""
+        rows, name = self._mem.store.documents, self._name(namespace, key)
+        with self._lock:
+            row = json.loads(rows.get(name) or "null")
+            if row is not None and row["ttl"] is not None:
+                rows[name] = json.dumps({**row, "expires": time.time() + 60 * row["ttl"]})
 
-    def _rows(self) -> Iterator[tuple[tuple[str, ...], str, _Row]]:
+    def _rows(self) -> Iterator[_Found]:
         """Items that have not expired, in the order they were first put."""
         start = "item:" + json.dumps([self._mem.settings.namespace])[:-1] + ","
         now = time.time()
@@ -180,13 +190,16 @@ class KVMemStore(BaseStore):
                     found.append((tuple(namespace), key, row))
         return iter(sorted(found, key=lambda item: item[2]["order"]))
 
-    def _search(self, op: SearchOp) -> list[SearchItem]:
+    def _candidates(self, op: SearchOp) -> list[_Found]:
         depth = len(op.namespace_prefix)
-        wanted = [
+        return [
             (namespace, key, row)
             for namespace, key, row in self._rows()
             if namespace[:depth] == op.namespace_prefix and _matches(row["value"], op.filter)
         ]
+
+    def _best(self, op: SearchOp, wanted: list[_Found]) -> list[SearchItem]:
+        """What was asked for of the candidates, best first; scoring takes time, and holds no lock."""
         scores: list[float | None] = [None] * len(wanted)
         if op.query:
             chunks = [Chunk(row["text"], key, 0, {}) for _, key, row in wanted]
@@ -197,7 +210,8 @@ class KVMemStore(BaseStore):
         found = []
         for i in order[op.offset : op.offset + op.limit]:
             namespace, key, row = wanted[i]
-            self._refresh(self._name(namespace, key), row, op.refresh_ttl)
+            if op.refresh_ttl:
+                self._refresh(namespace, key)
             found.append(SearchItem(namespace, key, row["value"], **_times(row), score=scores[i]))
         return found
 

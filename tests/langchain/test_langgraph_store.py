@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 from langgraph.store.base import GetOp, InvalidNamespaceError, ListNamespacesOp, MatchCondition, PutOp, SearchOp
 from langgraph.store.memory import InMemoryStore
 
-from kvmem import InputError, KVMem, KVMemError, LanguageModel, RemoteError
+from kvmem import BM25Retriever, InputError, KVMem, KVMemError, LanguageModel, RemoteError
 from kvmem.testing import tiny_model
 from langchain_kvmem import KVMemStore
 
@@ -188,6 +189,33 @@ def test_an_embedding_model_of_the_index_is_used(mem: KVMem) -> None:
     assert store.search(("u",), query="feline")[0].key == "b"
     with pytest.raises(InputError, match="distance"):
         KVMemStore(mem, index={"distance": "cosine"})
+
+
+def test_a_search_that_takes_long_keeps_nobody_waiting(mem: KVMem) -> None:
+    """Others write while an embedding model is asked; a search that fails writes nothing of its batch."""
+    asked, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def score(self, query: str, chunks: Any) -> list[float]:
+            asked.set()
+            if not go_on.wait(10):
+                raise TimeoutError
+            return [1.0] * len(chunks)
+
+    store = KVMemStore(mem, retriever=Slow(), prefill=False)
+    store.put(("n",), "a", {"text": "tram"}, ttl=1)
+    with ThreadPoolExecutor(1) as pool:
+        searching = pool.submit(store.search, ("n",), query="tram")
+        assert asked.wait(10)
+        store.put(("n",), "a", {"text": "ferry"}, ttl=1)
+        go_on.set()
+        assert [item.value for item in searching.result()] == [{"text": "tram"}]
+    assert store.get(("n",), "a").value == {"text": "ferry"}  # type: ignore[union-attr]
+    broken = KVMemStore(mem, retriever=BM25Retriever(), prefill=False)
+    broken._retriever.score = lambda *_: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    with pytest.raises(ZeroDivisionError):
+        broken.batch([PutOp(("n",), "b", {"text": "x"}), SearchOp(("n",), query="tram")])
+    assert store.get(("n",), "b") is None
 
 
 def test_items_expire(mem: KVMem, monkeypatch: pytest.MonkeyPatch) -> None:

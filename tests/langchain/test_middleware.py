@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from helpers import open_mem
 from langchain.agents import create_agent
+from langchain.agents.middleware import SummarizationMiddleware
 from langchain.agents.structured_output import ToolStrategy
 from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, HumanMessage
@@ -108,6 +109,19 @@ def test_what_was_forgotten_stays_forgotten(mem: KVMem) -> None:
     ask(made, "Hello.", **config)
     assert [item.text for item in memory.list()] == ["Hello."]
     assert heard == [2, 2]
+
+
+def test_messages_that_were_summed_up_change_nothing_of_what_is_remembered(mem: KVMem) -> None:
+    """A run whose earlier messages give way to a summary remembers what the user said in it, and not the summary."""
+    memory = Memory(mem)
+    model = ChatKVMem(mem=mem, max_tokens=2)
+    summing = SummarizationMiddleware(model, trigger=("messages", 4), keep=("messages", 1))
+    made = create_agent(model, middleware=[KVMemMiddleware(memory), summing], checkpointer=InMemorySaver())
+    config = {"config": {"configurable": {"thread_id": "1"}}}
+    texts = [f"My number is {n}." for n in range(4)]
+    for text in texts:
+        ask(made, text, **config)
+    assert [item.text for item in memory.list()] == texts
 
 
 def test_a_text_that_cannot_be_remembered_costs_no_answer(model: LanguageModel, caplog: Any) -> None:
