@@ -4,6 +4,7 @@ import copy
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -485,6 +486,26 @@ def test_closing_cancels_what_runs_and_what_waits(model: LanguageModel) -> None:
     assert running.answer.finish_reason == "cancelled"
     with pytest.raises(kvmem.ClosedError):
         _ = waiting.answer
+
+
+def test_what_is_asked_while_closing_is_ended_too(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """close() waits for whatever is being submitted, and then cancels it."""
+    mem = open_mem(model, None)
+    submitting, executor = threading.Event(), mem._worker._executor
+    real = executor.submit
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        submitting.set()
+        time.sleep(0.2)
+        return real(*args, **options)
+
+    monkeypatch.setattr(executor, "submit", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(mem.ask, "What?", context=TEXTS, max_tokens=3000)
+        assert submitting.wait(20)
+        mem.close()
+        error = asking.exception(20)
+    assert isinstance(error, kvmem.ClosedError) if error else asking.result().finish_reason == "cancelled"
 
 
 LONG = "The boat goes to the island and comes back in the evening. " * 20

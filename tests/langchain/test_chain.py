@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ async def test_async_gives_the_same(chain: CachedContextChain) -> None:
     chunks = [chunk async for chunk in chain.astream({"input": "When?"})]
     assert "".join(chunk.get("answer", "") for chunk in chunks) == expected["answer"]
     assert chain.batch([{"input": "When?"}, {"input": "What?"}])[0] == expected
+
+
+async def test_the_corpus_is_listed_off_the_event_loop(
+    chain: CachedContextChain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows lie in a store, which may be slow."""
+    threads: list[int] = []
+    real = chain.mem.list
+    monkeypatch.setattr(chain.mem, "list", lambda: threads.append(threading.get_ident()) or real())
+    inputs = {"input": "When?", "chat_history": [("human", "Hi"), ("ai", "Hello")]}
+    await chain.ainvoke(inputs)
+    assert [chunk async for chunk in chain.astream(inputs)]
+    assert len(threads) == 2
+    assert threading.get_ident() not in threads
 
 
 def test_options_of_a_call_win(chain: CachedContextChain) -> None:

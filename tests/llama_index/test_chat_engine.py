@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
 from llama_index.core import Document
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
@@ -74,3 +76,17 @@ def test_another_system_prompt_stands_before_the_documents(mem: KVMem) -> None:
     same = mem.chat(messages, context=mem.list(), max_tokens=2)
     assert found["usage"]["prompt"] == same.usage.prompt
     assert found["usage"]["reused"] + found["usage"]["recomputed"] > 60
+
+
+async def test_the_corpus_is_listed_off_the_event_loop(
+    engine: KVMemChatEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows lie in a store, which may be slow."""
+    threads: list[int] = []
+    real = engine.mem.list
+    monkeypatch.setattr(engine.mem, "list", lambda: threads.append(threading.get_ident()) or real())
+    await engine.achat("Why?")
+    response = await engine.astream_chat("Why?")
+    assert [piece async for piece in response.async_response_gen()]
+    assert len(threads) == 2
+    assert threading.get_ident() not in threads
