@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from kvmem.settings import AttentionName
 
 ATTENTION = "kvmem"
+DECODING = "kvmem_decoding"
 ROWS_PER_BLOCK = 96
 # Masks are shared by the layers of a step unless they would cover more than this many pairs.
 MASK_PAIRS = 16 << 20
@@ -245,4 +248,43 @@ def _explicit(
     return out.transpose(1, 2).contiguous(), given
 
 
+def attend_one(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' `sdpa`, which takes one token that sees every key: as in `_masked`, heads that share keys are rows.
+
+    Torch's kernel for CPUs reads the keys once for each head otherwise, and a single row of 16 bits number by number.
+    """
+    changed = any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
+    batch, heads, m, dim = query.shape
+    if m != 1 or attention_mask is not None or dropout or changed or heads % key.shape[1]:
+        out, _none = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+        return out, None
+    groups = heads // key.shape[1]
+    rows = query.reshape(batch, key.shape[1], groups, dim)
+    if groups == 1 and query.dtype == torch.bfloat16:
+        rows = rows.expand(-1, -1, 2, -1)
+    out = F.scaled_dot_product_attention(rows, key, value, scale=scaling)[:, :, :groups]
+    return out.reshape(batch, 1, heads, value.shape[-1]), None
+
+
+def mask_of_one(*args: Any, **options: Any) -> Tensor | None:
+    """The mask for transformers' `sdpa`; none for a token that sees every key, as where the cache cuts the window."""
+    mask: Tensor | None = sdpa_mask(*args, **options)
+    if mask is not None and mask.dtype == torch.bool and mask.shape[-2] == 1 and bool(mask.all()):
+        return None
+    return mask
+
+
 AttentionInterface.register(ATTENTION, attend)
+AttentionInterface.register(DECODING, attend_one)
+AttentionMaskInterface.register(DECODING, mask_of_one)

@@ -118,7 +118,7 @@ def generate(
     processors = []
     if sampling.schema is not None:
         processors.append(JsonConstraint(model, sampling.schema, sampling.max_tokens))
-    with first_forward or nullcontext():
+    with model.decoding(), first_forward or nullcontext():
         call_generate(
             model,
             sampling,

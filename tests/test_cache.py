@@ -3,12 +3,13 @@ from __future__ import annotations
 import copy
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from kvmem import LanguageModel
+from kvmem import LanguageModel, attention
 from kvmem.attention import ATTENTION, Step
 from kvmem.cache import BlendedCache
 from kvmem.entry import Context, EntryKey, KVEntry, digest_tokens
@@ -209,3 +210,41 @@ def test_the_model_keeps_its_own_attention_outside_our_forwards(model: LanguageM
         model.forward(torch.tensor([10**6, 1]), cache, Step(torch.arange(2)))
     assert model.hf.config._attn_implementation == before
     assert all(layer.step is None for layer in cache.blended)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 16])
+def test_decoding_attends_as_the_model_does_with_shared_heads_as_rows(
+    kv_heads: int, dtype: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Token by token, with and without it, and beyond the window; keys are not repeated, and single bfloat16 rows,
+    which torch is slow with, are doubled. More tokens at once are the model's own, and so is everything afterwards."""
+    model = tiny_model("mistral", num_key_value_heads=kv_heads, sliding_window=window)
+    model.hf.to(dtype)
+    caches = [model.new_cache(40) for _ in range(2)]
+    for cache in caches:
+        model.append(IDS[:30].tolist(), cache)
+    shapes: list[torch.Size] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        shapes.append(query.shape)
+        return real(query, *args, **options)
+
+    def read(cache: BlendedCache, first: int, last: int) -> torch.Tensor:
+        with torch.no_grad():
+            return model.hf(IDS[None, first:last], past_key_values=cache, use_cache=True).logits[0, -1].float()
+
+    rows = max(4 // kv_heads, 2 if dtype == torch.bfloat16 else 1)
+    for first, last in [(n, n + 1) for n in range(30, 50)] + [(50, 60)]:
+        expected = read(caches[0], first, last)
+        with model.decoding(), monkeypatch.context() as patch:
+            patch.setattr(attention.F, "scaled_dot_product_attention", noted)
+            found = read(caches[1], first, last)
+        assert torch.allclose(found, expected, atol=1e-5 if dtype == torch.float32 else 0.25)
+        assert (found.argmax() == expected.argmax()) or dtype == torch.bfloat16
+        heads = (kv_heads, rows) if last == first + 1 else (4, 10)
+        assert {shape[1:3] for shape in shapes} == {heads}
+        shapes.clear()
+    assert model.hf.config._attn_implementation == "sdpa"

@@ -57,7 +57,12 @@ def describe(model: LanguageModel, **settings: Any) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "threads": torch.get_num_threads(),
-        "machine": {"cpu": _cpu(), "cores": torch.multiprocessing.cpu_count(), "system": platform.system()},
+        "machine": {
+            "cpu": _cpu(),
+            "bfloat16": _bfloat16(),
+            "cores": torch.multiprocessing.cpu_count(),
+            "system": platform.system(),
+        },
         "versions": {name: version(name) for name in ("kvmem", "torch", "transformers")},
         "python": platform.python_version(),
         "default_recompute": BlendSettings().share,
@@ -71,6 +76,13 @@ def _cpu() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _bfloat16() -> str:
+    """The instructions that the CPU has for products of bfloat16."""
+    found = {"AMX": "_is_amx_tile_supported", "AVX-512": "_is_avx512_bf16_supported"}
+    checks = ((name, getattr(torch.cpu, check, None)) for name, check in found.items())
+    return next((name for name, check in checks if check is not None and check()), "none")
 
 
 class PeakMemory:

@@ -34,7 +34,8 @@ def render(directory: Path) -> str:
 def _provenance(path: Path, result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     machine = result["machine"]
-    where = f"{machine['cpu'] or 'unknown CPU'}, {machine['cores']} cores, {result['threads']} thread(s)"
+    with_bfloat16 = f" with {machine['bfloat16']} for bfloat16" if "bfloat16" in machine else ""
+    where = f"{machine['cpu'] or 'unknown CPU'}{with_bfloat16}, {machine['cores']} cores, {result['threads']} thread(s)"
     blend = f", the default recomputes {result['default_recompute']:.0%}" if "default_recompute" in result else ""
     return f"*{path.name}: {result['dtype']} on {result['device']}, {where}{blend}; {versions}.*"
 
@@ -110,8 +111,9 @@ def _speed(result: dict[str, Any]) -> list[str]:
         for against in ("plain", "packed")
     ]
     return [
-        f"## Speed: {result['model']}",
+        f"## Speed: {result['model']}, bfloat16 by {result['machine']['bfloat16']}",
         "",
+        *([result["note"], ""] if "note" in result else []),
         "Time to the first token, from the call, chunks on disk and the process fresh, divided by that of "
         "`model.generate` reading the same tokens in the same process, a model loaded as transformers does: the best of "
         f"{result['settings']['repeats']} processes divided by the best of as many readings, the median of the single "

@@ -193,7 +193,8 @@ def _measure_decoding(mem: KVMem, job: dict[str, Any], rounds: int = 4) -> dict[
     for _ in range(rounds):
         # The last token is read again: its output is the first token of the answer.
         cache.length = len(ids) - 1
-        seconds["ours"].append(_decode(model, ids, cache))
+        with model.decoding():
+            seconds["ours"].append(_decode(model, ids, cache))
         seconds["plain"].append(_decode(plain, ids, deepcopy(theirs)))
         seconds["packed"].append(_decode(model, ids, deepcopy(theirs)))
     return {name: min(found) for name, found in seconds.items()}
