@@ -31,8 +31,9 @@ unit: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
 
+# Two processes of one thread each; tests of one file share models and run in one of them.
 test: lint
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile --benchmark-disable
 
 clean:
 	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache
