@@ -392,6 +392,47 @@ def test_an_object_store_that_fails_later_costs_time_only(
                 use()
 
 
+def test_what_cannot_be_listed_is_not_taken_for_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory of a network file system that this machine may not read: nobody is told that all is forgotten."""
+    store = FsspecStore(f"file://{tmp_path}/kv")
+    entry = make_entry()
+    assert store.put(entry)
+    store.documents["a"] = "text"
+    real = os.scandir
+
+    def unreadable(path: str) -> Any:
+        if str(path).endswith(("documents", entry.key.group)):
+            raise PermissionError("not yours")
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", unreadable)
+        with pytest.raises(StoreError, match="not yours"):
+            list(store.documents)
+        with pytest.raises(StoreError, match="not yours"):
+            store.scrub(entry.key.namespace)
+        assert list(store.keys()) == []
+    assert list(store.documents) == ["a"]
+    assert list(store.keys()) == [entry.key]
+
+
+def test_a_text_in_an_object_store_is_replaced_whole_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure in the middle keeps the old one, what is left of the new one is found by a check, and nobody who reads
+    all of them minds that one is removed meanwhile."""
+    store = FsspecStore(f"file://{tmp_path}/kv")
+    documents = store.documents
+    documents["a"] = "old"
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store._fs), "mv", lambda *_: 1 / 0)
+        with pytest.raises(StoreError):
+            documents["a"] = "new"
+    assert dict(documents.items()) == {"a": "old"}
+    assert [problem.what for problem in store.check(fix=True)] == ["temporary"]
+    assert store.check() == []
+    monkeypatch.setattr(type(documents), "__iter__", lambda _: iter(["a", "gone"]))
+    assert dict(documents.items()) == {"a": "old"}
+
+
 def test_what_cannot_be_removed_from_an_object_store_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Listing works, removing does not."""
     store = FsspecStore("memory://keeps-all")

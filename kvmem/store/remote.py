@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import base64
 import logging
+import os
+import secrets
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator, MutableMapping
+from collections.abc import ItemsView, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -74,10 +76,7 @@ class FsspecStore:
     def _files(self, directory: str) -> list[str]:
         """Every file below a directory. Raises what the file system does."""
         self._fs.invalidate_cache()
-        try:
-            return list(self._fs.find(directory))
-        except FileNotFoundError:
-            return []
+        return _files_below(self._fs, directory)
 
     def _failed(self, what: str, error: Exception) -> None:
         logger.warning("kvmem: the store at %s cannot be %s (%s); texts are read anew", self._root, what, error)
@@ -189,7 +188,8 @@ class FsspecStore:
     def check(self, fix: bool = False) -> list[Problem]:
         problems = []
         self._fs.invalidate_cache()
-        for path in self._fs.find(f"{self._root}/entries"):
+        unfinished = [path for path in _files_below(self._fs, f"{self._root}/documents") if path.endswith(".part")]
+        for path in [*_files_below(self._fs, f"{self._root}/entries"), *unfinished]:
             what = ""
             try:
                 if path.endswith(".safetensors"):
@@ -206,6 +206,25 @@ class FsspecStore:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def _files_below(fs: Any, directory: str) -> list[str]:
+    """Every file below a directory; none where there is no such directory. Raises what the file system does: fsspec's
+    own `find` leaves out what cannot be listed on local ones."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    if not isinstance(fs, LocalFileSystem):
+        try:
+            return list(fs.find(directory))
+        except FileNotFoundError:
+            return []
+
+    def unless_gone(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    below = os.walk(directory, onerror=unless_gone)
+    return [Path(place, name).as_posix() for place, _, names in below for name in names]
 
 
 def _hash(text: str) -> str:
@@ -250,9 +269,11 @@ class _Documents(MutableMapping[str, str]):
 
     def __setitem__(self, name: str, text: str) -> None:
         path = self._path(name)
+        scratch = f"{path}.{secrets.token_hex(4)}.part"
         with _told("kept"):
             self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            self._fs.pipe_file(path, text.encode())
+            self._fs.pipe_file(scratch, text.encode())
+            self._fs.mv(scratch, path)
 
     def __delitem__(self, name: str) -> None:
         with _told("removed"):
@@ -264,7 +285,13 @@ class _Documents(MutableMapping[str, str]):
     def __iter__(self) -> Iterator[str]:
         with _told("listed"):
             self._fs.invalidate_cache()
-            return iter([self._named(path) for path in self._fs.find(self._root)])
+            paths = _files_below(self._fs, self._root)
+            return iter([self._named(path) for path in paths if not path.endswith(".part")])
+
+    def items(self) -> ItemsView[str, str]:
+        """Those that are still there when they are read."""
+        found = ((name, self.get(name)) for name in self)
+        return {name: text for name, text in found if text is not None}.items()
 
     def __len__(self) -> int:
         return len(list(iter(self)))
