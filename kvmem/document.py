@@ -6,7 +6,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,8 @@ def as_document(value: Any, id: str | None = None, metadata: Metadata | None = N
             "Give a str, a pathlib.Path, or a document of LangChain or LlamaIndex."
         )
     if not isinstance(text, str) or not text.strip():
-        raise EmptyInputError("The document has no text. Give a text with at least one word.")
+        which = f"The document {found!r}" if found is not None else "The document"
+        raise EmptyInputError(f"{which} has no text. Give a text with at least one word.")
     check_text(text, "The document")
     merged = dict(own) | dict(metadata or {})
     try:
@@ -78,11 +79,22 @@ def as_document(value: Any, id: str | None = None, metadata: Metadata | None = N
     check_text(json.dumps(merged, ensure_ascii=False), "The metadata")
     name = id if id is not None else found
     if name is None:
-        name = hashlib.sha256(text.encode()).hexdigest()[:16]
+        name = _digest(text)
     if not isinstance(name, str) or not name:
         raise InputError(f"id={name!r} cannot be used. Give a text that is not empty, or None.")
     check_text(name, "The id")
     return Document(name, text, merged, chunks)
+
+
+def named_by_all(document: Document) -> Document:
+    """A document that is named by its text, named by its metadata as well; any other as it is."""
+    if document.id != _digest(document.text):
+        return document
+    return replace(document, id=_digest(json.dumps([document.text, document.metadata], sort_keys=True)))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _chosen(name: str | None) -> str | None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvmem.answer import Answer, Prefill, Source
 from kvmem.any_model import AnyModel
 from kvmem.corpus import Corpus
-from kvmem.document import Document, Metadata, as_document
+from kvmem.document import Document, Metadata, as_document, named_by_all
 from kvmem.errors import InputError
 from kvmem.generate import Sampling
 from kvmem.library import Library
@@ -31,7 +31,7 @@ from kvmem.store.base import Store
 from kvmem.store.open import open_store
 from kvmem.stream import AnswerStream, Deadline, Listener
 from kvmem.thread import Threads, Turn, plain_message, recut
-from kvmem.tools import Tool, Toolbox
+from kvmem.tools import Tool, Toolbox, names_calls, spell_calls
 from kvmem.worker import Worker
 
 
@@ -125,6 +125,8 @@ class KVMem:
         found: dict[str, Document] = {}
         for item in documents:
             new = self._library.check(as_document(item))
+            if found.get(new.id, new) != new:
+                new = named_by_all(new)
             if found.setdefault(new.id, new) != new:
                 raise InputError(f"Two different documents have the id {new.id!r}. Give each its own.")
         added = []
@@ -354,6 +356,8 @@ class KVMem:
         toolbox = Toolbox(tuple(tools), tool_choice, self.model.knows_tools) if tools else None
         given = check_messages(messages)
         conversation = None if thread is None else (thread, [plain_message(message) for message in given])
+        if any(names_calls(message) for message in given) and not self.model.knows_tools:
+            given = spell_calls(given)
         if toolbox is not None:
             given = toolbox.instruct(given, options.get("schema"))
             options["schema"] = toolbox.schema_with(options.get("schema"))

@@ -17,7 +17,7 @@ _LARGEST_INTEGER = 2**53
 # How many elements a list of no given length may well get.
 _LIKELY_ITEMS = 4
 # What holds data of the user's.
-_DATA = {"const", "enum", "default", "examples"}
+DATA = {"const", "enum", "default", "examples"}
 # What holds schemas by names of the user's; of definitions only those count that something refers to.
 _DEFINITIONS = {"$defs", "definitions"}
 _BY_NAME = _DEFINITIONS | {"properties", "patternProperties", "dependentSchemas"}
@@ -71,19 +71,20 @@ def narrow(schema: Schema, characters: int) -> dict[str, Any]:
         found = {name: visit_part(name, value) for name, value in node.items()}
         if id(node) in combined or found.keys() & _COMBINING:
             return found
-        if isinstance(found.get("properties"), dict):
+        if isinstance(found.get("properties"), dict) and _may_close(found):
             found.setdefault("additionalProperties", False)
         if _is_open_string(found):
             found["maxLength"] = max(longest, found.get("minLength", 0))
         if found.get("type") == "integer" and not found.keys() & {"enum", "const"}:
-            if not found.keys() & {"minimum", "exclusiveMinimum"}:
+            low, high = (found.get(n, found.get(f"exclusive{n.capitalize()}")) for n in ("minimum", "maximum"))
+            if low is None and (high is None or high > -_LARGEST_INTEGER):
                 found["minimum"] = -_LARGEST_INTEGER
-            if not found.keys() & {"maximum", "exclusiveMaximum"}:
+            if high is None and (low is None or low < _LARGEST_INTEGER):
                 found["maximum"] = _LARGEST_INTEGER
         return found
 
     def visit_part(name: str, value: Any) -> Any:
-        if name in _DATA | _NEGATED:
+        if name in DATA | _NEGATED:
             return value
         if name in _BY_NAME and isinstance(value, Mapping):
             return {key: visit(part) for key, part in value.items()}
@@ -91,6 +92,12 @@ def narrow(schema: Schema, characters: int) -> dict[str, Any]:
 
     narrowed: dict[str, Any] = visit(schema)
     return narrowed
+
+
+def _may_close(node: Schema) -> bool:
+    """Whether an object of the properties that are listed, and no others, can be all that is asked for."""
+    required = node.get("required", [])
+    return not node.keys() & {"minProperties", "enum", "const"} and set(required) <= set(node["properties"])
 
 
 def _combined(schema: Schema) -> set[int]:
@@ -120,7 +127,7 @@ def _combined(schema: Schema) -> set[int]:
 def _parts(node: Schema) -> Iterator[tuple[str, Any]]:
     """The schemas in a schema, each with the keyword that it stands under."""
     for name, value in node.items():
-        if name in _DATA:
+        if name in DATA:
             continue
         if name in _BY_NAME and isinstance(value, Mapping):
             parts = list(value.values())

@@ -66,6 +66,9 @@ class BM25Retriever:
         return [float(s) for s in index.get_scores(known)]
 
 
+_KEPT_VECTORS = 100_000
+
+
 class HybridRetriever:
     """BM25 and an embedding model, joined by reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009).
 
@@ -85,11 +88,14 @@ class HybridRetriever:
         if not chunks:
             return []
         texts = [chunk.heading + chunk.text for chunk in chunks]
-        new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
-        known = dict(zip(new, _vectors(self._documents(new), len(new)), strict=True)) if new else {}
-        self._vectors = {text: known[text] if text in known else self._vectors[text] for text in texts}
+        # Others may score meanwhile: what is kept is replaced, and never changed.
+        kept = self._vectors
+        new = [text for text in dict.fromkeys(texts) if text not in kept]
+        known = {**kept, **(dict(zip(new, _vectors(self._documents(new), len(new)), strict=True)) if new else {})}
+        every = {**self._vectors, **known}
+        self._vectors = every if len(every) <= _KEPT_VECTORS else {text: known[text] for text in texts}
         (asked,) = _vectors(self._query(question), 1)
-        likeness = np.stack([self._vectors[text] for text in texts]) @ asked
+        likeness = np.stack([known[text] for text in texts]) @ asked
         by_words = np.asarray(self._words.score(question, chunks))
         fused = 1 / (self._constant + _ranks(likeness))
         # A chunk without any word of the question has no rank among those that do.

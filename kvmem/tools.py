@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from kvmem.errors import InputError
+from kvmem.narrow import DATA
 from kvmem.prompt import Message, as_pieces
 
 Tool = Mapping[str, Any]
@@ -76,7 +77,7 @@ class Toolbox:
         functions = [tool["function"] for tool in self._offered]
         if self.choice not in ("auto", "any", "required"):
             functions = [function for function in functions if function["name"] == self.choice]
-        return _any_of([_call(function) for function in functions])
+        return _any_of(functions)
 
     def schema_with(self, answer: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         """The same, where what is no call has to be JSON of the schema `answer`."""
@@ -84,9 +85,7 @@ class Toolbox:
             return self.schema
         if self.choice == "none" or not isinstance(answer, Mapping):
             return answer
-        shared = {name: answer[name] for name in ("$defs", "definitions") if name in answer}
-        rest = {name: value for name, value in answer.items() if name not in shared}
-        return {**_any_of([*(_call(tool["function"]) for tool in self.tools), rest]), **shared}
+        return _any_of([tool["function"] for tool in self.tools], answer)
 
     def instruct(self, messages: Sequence[Message], answer: Mapping[str, Any] | None = None) -> list[Message]:
         """`messages`, with the tools at the end of the system message if the template does not tell them.
@@ -135,16 +134,88 @@ class Toolbox:
         return ToolCall(f"call_{uuid4().hex[:24]}", value["name"], arguments)
 
 
-def _call(function: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON schema of a call."""
-    arguments = function.get("parameters") or {"type": "object"}
+def names_calls(message: Message) -> bool:
+    """Whether it calls tools, or is what one returned."""
+    return bool(message.get("tool_calls")) or message.get("role") == "tool"
+
+
+def spell_calls(messages: Sequence[Message]) -> list[Message]:
+    """`messages` for a template that leaves calls out: as the model has written them, and results with their names.
+    Raises InputError."""
+    try:
+        return _spelled(messages)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            'A call in a message is none. Give {"id": "...", "function": {"name": "...", "arguments": {...}}}.'
+        ) from error
+
+
+def _spelled(messages: Sequence[Message]) -> list[Message]:
+    names: dict[Any, str] = {}
+    spelled: list[Message] = []
+    for message in messages:
+        content = as_pieces(message.get("content"))
+        if calls := message.get("tool_calls"):
+            functions = [call["function"] for call in calls]
+            names |= {call.get("id"): call["function"]["name"] for call in calls}
+            texts = [json.dumps({"name": f["name"], "arguments": _arguments(f)}, ensure_ascii=False) for f in functions]
+            rest = {name: value for name, value in message.items() if name != "tool_calls"}
+            message = {**rest, "content": [*content, "\n".join(texts)]}
+        elif message.get("role") == "tool" and (name := message.get("name") or names.get(message.get("tool_call_id"))):
+            message = {**message, "content": [f"{name} returned:\n\n", *content]}
+        spelled.append(message)
+    return spelled
+
+
+def _arguments(function: Mapping[str, Any]) -> Any:
+    """Of a call, which has them as JSON or as what that says."""
+    given = function.get("arguments") or {}
+    try:
+        return json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        return given
+
+
+def _any_of(functions: Sequence[Mapping[str, Any]], answer: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON schema of a call of one of `functions`, or of an answer."""
+    defined: dict[str, Any] = {}
+    schemas = []
+    for number, function in enumerate(functions):
+        arguments = _standalone(function.get("parameters") or {"type": "object"}, f"arguments{number}", defined)
+        schemas.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": function["name"]}, "arguments": arguments},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
+    if answer is not None:
+        schemas.append(_standalone(answer, "answer", defined))
+    whole = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    return {**whole, "$defs": defined} if defined else whole
+
+
+def _standalone(schema: Any, name: str, defined: dict[str, Any]) -> Any:
+    """`schema` for a place within another one. References count from the root: with any, it becomes a definition."""
+    moved = _moved(schema, f"#/$defs/{name}")
+    if moved == schema:
+        return schema
+    defined[name] = moved
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def _moved(node: Any, root: str) -> Any:
+    """`node` with its references counting from `root`."""
+    if isinstance(node, list):
+        return [_moved(item, root) for item in node]
+    if not isinstance(node, Mapping):
+        return node
     return {
-        "type": "object",
-        "properties": {"name": {"const": function["name"]}, "arguments": arguments},
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
+        key: root + value[1:]
+        if key == "$ref" and isinstance(value, str) and value.startswith("#")
+        else value
+        if key in DATA
+        else _moved(value, root)
+        for key, value in node.items()
     }
-
-
-def _any_of(schemas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return dict(schemas[0]) if len(schemas) == 1 else {"anyOf": list(schemas)}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from helpers import FACTS, embed, facts_corpus, open_mem
+from langchain_core.documents import Document as LangChainDocument
 
 from kvmem import Document, EmptyInputError, HybridRetriever, InputError, KVMem, LanguageModel, UnknownDocumentError
 from kvmem.document import Chunk
@@ -199,3 +200,31 @@ def test_titles_and_headings_stand_before_a_chunk_in_the_prompt(model: LanguageM
             assert "".join(source.text for source in mem.ask("When?", max_tokens=1).sources) == text
     assert spans[True][1].startswith("Harbour Road > Rent\n\n")
     assert not spans[False][1].startswith("Harbour")
+
+
+def test_searches_at_the_same_time_share_vectors() -> None:
+    """One that ends while another waits for the embedding model takes nothing from it; no text is embedded twice."""
+    embedded: list[str] = []
+    chunks = [[Chunk(text, "d", 0, {})] for text in ("tea", "milk")]
+
+    def slow(texts: list[str]) -> Any:
+        embedded.extend(texts)
+        if "tea" in texts:
+            retriever.score("?", chunks[1])
+        return embed(texts)
+
+    retriever = HybridRetriever(slow)
+    for _ in range(2):
+        for some in chunks:
+            assert len(retriever.score("?", some)) == 1
+    assert sorted(text for text in embedded if text != "?") == ["milk", "tea"]
+
+
+def test_one_text_with_different_metadata_is_several_documents(mem: KVMem) -> None:
+    """The footer of every page; the same again costs nothing, and ids that were given still have to differ."""
+    pages = [LangChainDocument("Page of a lease.", metadata={"page": n}) for n in (1, 2, 2)]
+    added = mem.add_all(pages)
+    assert [document.metadata["page"] for document in mem.list()] == [1, 2]
+    assert mem.add_all(pages) == added
+    with pytest.raises(InputError, match="Two different"):
+        mem.add_all([Document("x", "one"), Document("x", "two")])

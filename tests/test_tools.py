@@ -9,7 +9,9 @@ import pytest
 import kvmem
 from kvmem import KVMem
 from kvmem.narrow import narrow
-from kvmem.tools import Toolbox
+from kvmem.prompt import as_pieces
+from kvmem.request import text_of
+from kvmem.tools import Toolbox, spell_calls
 
 WEATHER: dict[str, Any] = {
     "type": "function",
@@ -123,6 +125,8 @@ AGED = {"properties": {"age": {"enum": [36]}}, "required": ["age"]}
             {"who": {"name": "Ada", "age": 36}},
         ),
         ({"type": "object", "properties": {"not": NAMED}, "required": ["not"]}, {"not": {"name": "Ada"}}),
+        ({**NAMED, "required": ["name", "age"]}, {"name": "Ada", "age": 36}),
+        ({"properties": {"n": {"type": "integer", "minimum": 10**17}}, "required": ["n"]}, {"n": 10**17}),
     ],
 )
 def test_a_narrowed_schema_allows_what_several_of_its_parts_ask_for(
@@ -160,7 +164,14 @@ def test_what_is_no_call_keeps_to_the_schema_that_was_asked_for(mem: KVMem) -> N
     assert forced.schema_with(answer) == forced.schema
     assert none.schema_with(answer) == answer
     assert free.schema_with(None) is None
-    assert free.schema_with(answer) == {"anyOf": [forced.schema, where], "$defs": answer["$defs"]}
+    to = {"$ref": "#/$defs/answer/$defs/To"}
+    moved = {**where, "properties": {"to": to}, "$defs": answer["$defs"]}
+    assert free.schema_with(answer) == {
+        "anyOf": [forced.schema, {"$ref": "#/$defs/answer"}],
+        "$defs": {"answer": moved},
+    }
+    plain = {"enum": ["north", "south"]}
+    assert free.schema_with(plain) == {"anyOf": [forced.schema, plain]}
 
     message = [{"role": "user", "content": "Hi"}]
     options: dict[str, Any] = {"tools": [WEATHER], "schema": answer, "max_tokens": 80}
@@ -170,3 +181,47 @@ def test_what_is_no_call_keeps_to_the_schema_that_was_asked_for(mem: KVMem) -> N
     assert found.tool_calls or json.loads(found.text)["to"] in ("north", "south")
     with pytest.raises(kvmem.InputError, match="schema"):
         mem.chat(message, tools=[WEATHER], schema="string")
+
+
+NESTED: dict[str, Any] = {
+    "type": "object",
+    "properties": {"items": {"type": "array", "items": {"$ref": "#/$defs/Item"}, "minItems": 1, "maxItems": 2}},
+    "required": ["items"],
+}
+
+
+def test_tools_may_define_what_they_refer_to(mem: KVMem) -> None:
+    """Each its own, by the same name; arguments keep to it, of an object that refers to itself too."""
+    items = ({"enum": ["tea", "milk"]}, {"enum": [1, 2]})
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": {**NESTED, "$defs": {"Item": item}}}}
+        for name, item in zip(("order", "count"), items, strict=True)
+    ]
+    tree = {"type": "object", "properties": {"name": {"enum": ["a"]}, "child": {"$ref": "#"}}, "required": ["name"]}
+    tools.append({"type": "function", "function": {"name": "grow", "parameters": tree}})
+    for tool in tools:
+        function = tool["function"]
+        (call,) = mem.chat(
+            [{"role": "user", "content": "Hi"}], tools=tools, tool_choice=function["name"], max_tokens=120
+        ).tool_calls
+        jsonschema.validate(dict(call.arguments), function["parameters"])
+    free = mem.chat([{"role": "user", "content": "Hi"}], tools=tools, schema=tree, max_tokens=120)
+    assert free.tool_calls or jsonschema.validate(json.loads(free.text), tree) is None
+
+
+def test_calls_are_spelt_out_for_a_template_that_leaves_them_out(mem: KVMem) -> None:
+    """As the model wrote them, so that the next turn continues what was said; results tell whose they are."""
+    asked = [{"role": "user", "content": "What will the weather be?"}]
+    answer = mem.chat(asked, tools=[WEATHER], tool_choice="any", max_tokens=80, thread="t")
+    result = {"role": "tool", "tool_call_id": answer.tool_calls[0].id, "content": "Sunny."}
+    spelt = spell_calls([*asked, answer.message, result])
+    assert json.loads(text_of(spelt[1]))["name"] == "weather"
+    assert "tool_calls" not in spelt[1]
+    assert text_of(spelt[2]) == "weather returned:\n\nSunny."
+    again = mem.chat([*asked, answer.message, result], tools=[WEATHER], tool_choice="any", max_tokens=80, thread="t")
+    assert again.usage.computed < 60 < again.usage.exact
+    assert spell_calls([{"role": "assistant", "content": "Hm", "tool_calls": [{"function": {"name": "x"}}]}]) == [
+        {"role": "assistant", "content": [*as_pieces("Hm"), '{"name": "x", "arguments": {}}']}
+    ]
+    with pytest.raises(kvmem.InputError, match="Give"):
+        mem.chat([*asked, {"role": "assistant", "content": "", "tool_calls": ["weather"]}, result])
