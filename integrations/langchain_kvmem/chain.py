@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from kvmem import AnswerStream, EmptyInputError, InputError, KVMem
 from langchain_kvmem.convert import to_documents, to_messages
 from langchain_kvmem.retriever import RankedBy
 
+logger = logging.getLogger("kvmem")
 Inputs = dict[str, Any]
 
 
@@ -64,7 +66,11 @@ class CachedContextChain(Runnable[Inputs, Inputs]):
             mem = model
         else:
             mem = KVMem(model, store, retriever=None if retriever is None else RankedBy(retriever))
-        mem.add_all(document if template is None else _formatted(document, template) for document in documents)
+        given = list(documents)
+        kept = [document for document in given if document.page_content.strip()]
+        if len(kept) < len(given):
+            logger.warning("kvmem: %d of %d documents have no text: left out", len(given) - len(kept), len(given))
+        mem.add_all(document if template is None else _formatted(document, template) for document in kept)
         return cls(mem, **options)
 
     @classmethod

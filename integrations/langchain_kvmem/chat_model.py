@@ -22,13 +22,32 @@ from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
-from pydantic import ConfigDict, Field, PrivateAttr
+from pydantic import ConfigDict, Field
 
 from kvmem import Answer, AnswerStream, InputError, KVMem
 from kvmem.tools import Toolbox
 from langchain_kvmem.convert import to_messages, to_metadata, to_usage
 
-_OPENING = threading.Lock()
+
+class _Engines:
+    """The engines that a model and its configured copies have opened, by what they were opened with."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, KVMem] = {}
+        self._opening = threading.Lock()
+
+    def find(self, chat: ChatKVMem) -> KVMem | None:
+        return self._open.get(self._key(chat))
+
+    def open(self, chat: ChatKVMem) -> KVMem:
+        with self._opening:
+            if (found := self.find(chat)) is None:
+                found = KVMem(chat.model_name, chat.store, namespace=chat.namespace, **chat.model_kwargs)
+                self._open[self._key(chat)] = found
+            return found
+
+    def _key(self, chat: ChatKVMem) -> str:
+        return json.dumps([chat.model_name, chat.store, chat.namespace, chat.model_kwargs], default=repr)
 
 
 class ChatKVMem(BaseChatModel):
@@ -59,7 +78,7 @@ class ChatKVMem(BaseChatModel):
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     generate_kwargs: dict[str, Any] = Field(default_factory=dict)
     mem: KVMem | None = Field(default=None, exclude=True, repr=False)
-    _opened: KVMem | None = PrivateAttr(default=None)
+    opened: _Engines = Field(default_factory=_Engines, exclude=True, repr=False)
 
     @property
     def engine(self) -> KVMem:
@@ -70,16 +89,11 @@ class ChatKVMem(BaseChatModel):
                     "This engine has a namespace, a store and settings. Give them to KVMem, or no mem here."
                 )
             return self.mem
-        if self._opened is not None:
-            return self._opened
-        with _OPENING:
-            if self._opened is None:
-                self._opened = KVMem(self.model_name, self.store, namespace=self.namespace, **self.model_kwargs)
-            return self._opened
+        return self.opened.find(self) or self.opened.open(self)
 
     async def _ready(self) -> None:
         """Open the engine without blocking the event loop."""
-        if self.mem is None and self._opened is None:
+        if self.mem is None and self.opened.find(self) is None:
             await asyncio.to_thread(lambda: self.engine)
 
     # LangChain asks for the parameters of a call before it makes it, and they need the engine.
@@ -126,7 +140,7 @@ class ChatKVMem(BaseChatModel):
         return params
 
     def _resolve_model_profile(self) -> ModelProfile | None:
-        if self.mem is None and self._opened is None:
+        if self.mem is None and self.opened.find(self) is None:
             return None
         return {"max_input_tokens": self.engine.model.window, "tool_calling": True}
 

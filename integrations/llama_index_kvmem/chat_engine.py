@@ -19,7 +19,7 @@ from llama_index.core.memory import BaseMemory, Memory
 from llama_index.core.schema import BaseNode
 
 from kvmem import AnswerStream, KVMem
-from llama_index_kvmem.convert import count, describe, said, to_distinct, to_nodes
+from llama_index_kvmem.convert import count, describe, said, to_documents, to_nodes
 from llama_index_kvmem.llm import to_message, without_memories
 
 
@@ -46,7 +46,7 @@ class KVMemChatEngine(BaseChatEngine):
     ) -> KVMemChatEngine:
         """Read documents or nodes into an engine; those it has read before cost nothing."""
         mem = model if isinstance(model, KVMem) else KVMem(model, store, system=options.pop("system", None))
-        mem.add_all(to_distinct(documents))
+        mem.add_all(to_documents(documents))
         return cls(mem, **options)
 
     def chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:

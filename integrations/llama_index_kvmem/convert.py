@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ from llama_index.core.schema import Document as LlamaDocument
 from kvmem import Document, Plan, Source, Usage
 from kvmem.document import as_document
 
+logger = logging.getLogger("kvmem")
 # In the metadata of documents that are nodes: the document that the node was cut from, and the node's own id.
 CUT_FROM, NODE = "_cut_from", "_node"
 
@@ -34,9 +36,13 @@ def to_document(node: BaseNode) -> Document:
     return Document(identity, document.text, metadata, (document.text,))
 
 
-def to_distinct(nodes: Iterable[BaseNode]) -> list[Document]:
-    """Documents, each content once."""
-    return list({document.id: document for document in map(to_document, nodes)}.values())
+def to_documents(nodes: Iterable[BaseNode]) -> list[Document]:
+    """Documents of those that have text; those that have none, as empty pages, are logged."""
+    given = list(nodes)
+    kept = [node for node in given if node.get_content().strip()]
+    if len(kept) < len(given):
+        logger.warning("kvmem: %d of %d documents have no text, and are left out", len(given) - len(kept), len(given))
+    return [to_document(node) for node in kept]
 
 
 def to_nodes(sources: Iterable[Source]) -> list[NodeWithScore]:

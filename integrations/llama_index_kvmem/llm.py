@@ -253,6 +253,9 @@ def _check_fields(fields: dict[str, Any], known: Collection[str]) -> None:
         raise InputError("Prompts are rendered by the model's chat template. Leave is_chat_model out.")
     if fields.pop("query_wrapper_prompt", None) not in (None, "", "{query_str}"):
         raise InputError("Prompts are rendered by the model's chat template. Leave query_wrapper_prompt out.")
+    for name in ("completion_to_prompt", "messages_to_prompt"):
+        if fields.pop(name, None) is not None:
+            raise InputError(f"Prompts are rendered by the model's chat template. Leave {name} out.")
     if fields.pop("tokenizer_kwargs", None):
         raise InputError("tokenizer_kwargs are not used. Give a tokenizer as an object.")
     fields.pop("tokenizer_outputs_to_remove", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.memory import BaseMemoryBlock
 
-from kvmem import Memory
+from kvmem import KVMemError, Memory
 
+logger = logging.getLogger("kvmem")
 DOCUMENT = "kvmem_document"
 
 
@@ -20,7 +22,7 @@ class KVMemMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     """Recalls memories as system messages that keep their identity, so that a `KVMemLLM` reads each of them once.
 
     For `Memory.from_defaults(memory_blocks=[...])`. What falls out of the short-term memory is remembered: the messages
-    of the user, as they are.
+    of the user, as they are. One that cannot be remembered is logged.
 
     memory: where memories are kept. k: how many are recalled beside the pinned ones.
     """
@@ -49,8 +51,12 @@ class KVMemMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     def _remember(self, texts: Sequence[str]) -> None:
         for text in texts:
             identity = hashlib.sha256(text.encode()).hexdigest()[:32]
-            if text.strip() and all(item.id != identity for item in self._memory.list()):
-                self._memory.remember(text, id=identity)
+            try:
+                if text.strip() and self._memory.find(identity) is None:
+                    self._memory.remember(text, id=identity)
+            except KVMemError as error:
+                # LlamaIndex has taken the messages out of its own memory by now, and the answer is not told yet.
+                logger.warning("kvmem: a text of %d characters is not remembered: %s", len(text), error)
 
     async def atruncate(self, content: list[ChatMessage], tokens_to_truncate: int) -> list[ChatMessage] | None:
         """The last recalled goes first; pinned memories are in front."""

@@ -24,7 +24,7 @@ from llama_index.core.prompts.mixin import PromptMixinType
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 
 from kvmem import Answer, AnswerStream, InputError, KVMem, Source
-from llama_index_kvmem.convert import count, describe, said, to_distinct, to_document, to_nodes
+from llama_index_kvmem.convert import count, describe, said, to_document, to_documents, to_nodes
 from llama_index_kvmem.llm import KVMemLLM
 
 _NOTHING = "Empty Response"
@@ -73,7 +73,7 @@ class KVMemQueryEngine(BaseQueryEngine):
         """
         _check({name: value for name, value in options.items() if name not in _ARGUMENTS})
         mem = model if isinstance(model, KVMem) else KVMem(model, store)
-        mem.add_all(to_distinct(documents))
+        mem.add_all(to_documents(documents))
         return cls(mem, **options)
 
     @classmethod

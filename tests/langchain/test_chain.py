@@ -168,3 +168,11 @@ def test_a_chain_that_only_swaps_its_model_reuses_what_it_retrieves(mem: KVMem) 
             context = len("\n\n".join(found))
             if number == 1:
                 assert usage["input_token_details"]["cache_read"] >= 0.8 * context
+
+
+def test_pages_without_text_are_left_out(mem: KVMem, caplog: pytest.LogCaptureFixture) -> None:
+    """As loaders of PDF give them; that is logged."""
+    pages = [*DOCUMENTS, Document(page_content=" \n", metadata={"page": 3})]
+    CachedContextChain.from_documents(pages, mem)
+    assert len(mem.list()) == 2
+    assert "1 of 3 documents have no text" in caplog.text

@@ -16,7 +16,7 @@ from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
-from langchain_core.runnables import RunnablePassthrough
+from langchain_core.runnables import ConfigurableField, RunnablePassthrough
 from pydantic import BaseModel, Field
 
 from kvmem import ClosedError, InputError, KVMem, LanguageModel
@@ -339,4 +339,11 @@ def test_an_engine_opens_once_and_only_when_needed(model: LanguageModel, tmp_pat
     for thread in threads:
         thread.join()
     assert opened == [1]
+    # LangChain makes a new one of a configurable model in every call.
+    configurable = chat.configurable_fields(
+        temperature=ConfigurableField(id="t"), namespace=ConfigurableField(id="user")
+    )
+    for user in ("default", "default", "anna", "anna"):
+        configurable.invoke("Hello", config={"configurable": {"t": 0.0, "user": user}})
+    assert opened == [1, 1]
     chat.engine.close()

@@ -69,6 +69,8 @@ def test_the_arguments_of_hugging_face_llm_are_taken_or_refused(model: LanguageM
         {"query_wrapper_prompt": "[INST]{query_str}"},
         {"tokenizer_name": "other"},
         {"tokenizer_kwargs": {"max_length": 5}},
+        {"completion_to_prompt": str},
+        {"messages_to_prompt": str},
         {"mem": mem, "namespace": "anna"},
     ):
         with pytest.raises(InputError):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from helpers import open_mem
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
@@ -44,3 +45,12 @@ async def test_what_falls_out_of_the_history_is_remembered(model: LanguageModel,
         both = await block.aget([user("tea?")])
         assert [m.content for m in await block.atruncate(both, 1) or []] == ["I am Bob."]
         assert await block.atruncate(both, 10_000) is None
+
+
+async def test_a_text_that_cannot_be_remembered_costs_nothing_else(model: LanguageModel, caplog: Any) -> None:
+    """The history has let go of it by then: it is logged, and the others are remembered."""
+    with open_mem(model, None, max_document_chars=20) as mem:
+        block = KVMemMemoryBlock(Memory(mem))
+        await block.aput([user("This is longer than twenty characters."), user("I like tea.")])
+        assert [item.text for item in Memory(mem).list()] == ["I like tea."]
+    assert "not remembered" in caplog.text

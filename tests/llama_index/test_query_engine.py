@@ -258,3 +258,12 @@ def test_it_serves_router_and_sub_question_engines(mem: KVMem) -> None:
     response = both.query("Due, and boilers?")
     assert len(response.source_nodes) >= 2
     assert any("How many boilers?" in n.node.get_content() for n in response.source_nodes)
+
+
+def test_pages_without_text_are_left_out(mem: KVMem, caplog: pytest.LogCaptureFixture) -> None:
+    """As loaders of PDF give them; that is logged. Two texts of one id are an error, and not the last of them."""
+    KVMemQueryEngine.from_documents([Document(text="The rent is due.", id_="a"), Document(text=" ", id_="b")], mem)
+    assert [document.id for document in mem.list()] == ["a"]
+    assert "1 of 2 documents have no text" in caplog.text
+    with pytest.raises(InputError, match="Two different"):
+        KVMemQueryEngine.from_documents([Document(text=text, id_="c") for text in ("one", "two")], mem)
