@@ -332,10 +332,10 @@ def test_an_answer_that_takes_too_long_is_ended(model: LanguageModel) -> None:
         assert client.post(CHAT, json=body()).status_code == 200
 
 
-def leave_early(client: httpx.Client, read: int, **fields: Any) -> None:
-    """Ask, read so many pieces, and go."""
+def leave_early(client: httpx.Client, read: int, after: float = 0.3, **fields: Any) -> None:
+    """Ask, read so many pieces, and go; without any, after so many seconds."""
     try:
-        with client.stream("POST", CHAT, json=body(**fields), timeout=0.3 if not read else 60) as response:
+        with client.stream("POST", CHAT, json=body(**fields), timeout=after if not read else 60) as response:
             for _, _ in zip(range(read), response.iter_raw(), strict=False):
                 pass
     except httpx.TimeoutException:
@@ -346,10 +346,11 @@ def leave_early(client: httpx.Client, read: int, **fields: Any) -> None:
 def test_who_leaves_is_not_worked_for(model: LanguageModel, stream: bool) -> None:
     """A client that leaves, while it waits or while it is answered, leaves nothing running."""
     with serving(model) as client:
-        leave_early(client, read=2 if stream else 0, stream=stream, max_tokens=3500)
+        # The server has time to begin, beside other tests too.
+        leave_early(client, read=2 if stream else 0, after=0.6, stream=stream, max_tokens=3500)
         assert until_idle(client) < 1
         with model.lock:
-            leave_early(client, read=0, stream=stream)
+            leave_early(client, read=0, after=1, stream=stream)
         assert until_idle(client) < 1
         shown = client.get("/metrics").text
         assert "kvmem_cancelled_total 2.0" in shown
