@@ -31,7 +31,7 @@ from kvmem.store.base import Store
 from kvmem.store.open import open_store
 from kvmem.stream import AnswerStream, Deadline, Listener
 from kvmem.thread import Threads, Turn, plain_message, recut
-from kvmem.tools import Tool, Toolbox, names_calls, spell_calls
+from kvmem.tools import Tool, Toolbox
 from kvmem.worker import Worker
 
 
@@ -356,8 +356,6 @@ class KVMem:
         toolbox = Toolbox(tuple(tools), tool_choice, self.model.knows_tools) if tools else None
         given = check_messages(messages)
         conversation = None if thread is None else (thread, [plain_message(message) for message in given])
-        if any(names_calls(message) for message in given) and not self.model.knows_tools:
-            given = spell_calls(given)
         if toolbox is not None:
             given = toolbox.instruct(given, options.get("schema"))
             options["schema"] = toolbox.schema_with(options.get("schema"))

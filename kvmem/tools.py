@@ -134,48 +134,6 @@ class Toolbox:
         return ToolCall(f"call_{uuid4().hex[:24]}", value["name"], arguments)
 
 
-def names_calls(message: Message) -> bool:
-    """Whether it calls tools, or is what one returned."""
-    return bool(message.get("tool_calls")) or message.get("role") == "tool"
-
-
-def spell_calls(messages: Sequence[Message]) -> list[Message]:
-    """`messages` for a template that leaves calls out: as the model has written them, and results with their names.
-    Raises InputError."""
-    try:
-        return _spelled(messages)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            'A call in a message is none. Give {"id": "...", "function": {"name": "...", "arguments": {...}}}.'
-        ) from error
-
-
-def _spelled(messages: Sequence[Message]) -> list[Message]:
-    names: dict[Any, str] = {}
-    spelled: list[Message] = []
-    for message in messages:
-        content = as_pieces(message.get("content"))
-        if calls := message.get("tool_calls"):
-            functions = [call["function"] for call in calls]
-            names |= {call.get("id"): call["function"]["name"] for call in calls}
-            texts = [json.dumps({"name": f["name"], "arguments": _arguments(f)}, ensure_ascii=False) for f in functions]
-            rest = {name: value for name, value in message.items() if name != "tool_calls"}
-            message = {**rest, "content": [*content, "\n".join(texts)]}
-        elif message.get("role") == "tool" and (name := message.get("name") or names.get(message.get("tool_call_id"))):
-            message = {**message, "content": [f"{name} returned:\n\n", *content]}
-        spelled.append(message)
-    return spelled
-
-
-def _arguments(function: Mapping[str, Any]) -> Any:
-    """Of a call, which has them as JSON or as what that says."""
-    given = function.get("arguments") or {}
-    try:
-        return json.loads(given) if isinstance(given, str) else given
-    except ValueError:
-        return given
-
-
 def _any_of(functions: Sequence[Mapping[str, Any]], answer: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The JSON schema of a call of one of `functions`, or of an answer."""
     defined: dict[str, Any] = {}

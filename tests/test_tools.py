@@ -9,9 +9,7 @@ import pytest
 import kvmem
 from kvmem import KVMem
 from kvmem.narrow import narrow
-from kvmem.prompt import as_pieces
-from kvmem.request import text_of
-from kvmem.tools import Toolbox, spell_calls
+from kvmem.tools import Toolbox
 
 WEATHER: dict[str, Any] = {
     "type": "function",
@@ -207,21 +205,3 @@ def test_tools_may_define_what_they_refer_to(mem: KVMem) -> None:
         jsonschema.validate(dict(call.arguments), function["parameters"])
     free = mem.chat([{"role": "user", "content": "Hi"}], tools=tools, schema=tree, max_tokens=120)
     assert free.tool_calls or jsonschema.validate(json.loads(free.text), tree) is None
-
-
-def test_calls_are_spelt_out_for_a_template_that_leaves_them_out(mem: KVMem) -> None:
-    """As the model wrote them, so that the next turn continues what was said; results tell whose they are."""
-    asked = [{"role": "user", "content": "What will the weather be?"}]
-    answer = mem.chat(asked, tools=[WEATHER], tool_choice="any", max_tokens=80, thread="t")
-    result = {"role": "tool", "tool_call_id": answer.tool_calls[0].id, "content": "Sunny."}
-    spelt = spell_calls([*asked, answer.message, result])
-    assert json.loads(text_of(spelt[1]))["name"] == "weather"
-    assert "tool_calls" not in spelt[1]
-    assert text_of(spelt[2]) == "weather returned:\n\nSunny."
-    again = mem.chat([*asked, answer.message, result], tools=[WEATHER], tool_choice="any", max_tokens=80, thread="t")
-    assert again.usage.computed < 60 < again.usage.exact
-    assert spell_calls([{"role": "assistant", "content": "Hm", "tool_calls": [{"function": {"name": "x"}}]}]) == [
-        {"role": "assistant", "content": [*as_pieces("Hm"), '{"name": "x", "arguments": {}}']}
-    ]
-    with pytest.raises(kvmem.InputError, match="Give"):
-        mem.chat([*asked, {"role": "assistant", "content": "", "tool_calls": ["weather"]}, result])

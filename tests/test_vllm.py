@@ -327,20 +327,6 @@ def test_json_and_tools_are_asked_for(mem: KVMem, server: FakeVLLM) -> None:
     assert server.prompts[-1]["structured_outputs"]["json"]["additionalProperties"] is False
 
 
-def test_earlier_calls_are_in_the_prompt(mem: KVMem, server: FakeVLLM) -> None:
-    """The template knows no tools: what was called stands there as the model writes it."""
-    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"days": 2}'}}
-    messages = [
-        {"role": "user", "content": "What will it be?"},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "1", "content": "Sunny."},
-    ]
-    mem.chat(messages)
-    text = mem.model.tokenizer.decode(server.prompts[-1]["prompt"])
-    assert '<|im_start|>assistant\n{"name": "weather", "arguments": {"days": 2}}<|im_end|>' in text
-    assert "weather returned:\n\nSunny." in text
-
-
 def test_one_answer_that_fails_ends_the_others_of_its_batch(
     mem: KVMem, server: FakeVLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
