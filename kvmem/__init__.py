@@ -1,4 +1,4 @@
-"""kvmem: question answering over texts whose KV caches are kept and reused."""
+"""kvmem: answer questions over texts, and keep and reuse the KV caches of those texts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvmem.answer import Answer, Prefill, Source, Timings, Usage
-    from kvmem.document import Document
+    from kvmem.cancellation import Cancellation
+    from kvmem.collection import Collection
+    from kvmem.document import Chunk, Document
     from kvmem.engine import KVMem
     from kvmem.errors import (
         AnswerTimeoutError,
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     )
     from kvmem.memory import Memory, MemoryItem, Recalled
     from kvmem.model import LanguageModel
+    from kvmem.options import GenerateOptions
     from kvmem.plan import Plan
     from kvmem.retrieve import BM25Retriever, HybridRetriever, Retriever
     from kvmem.settings import BlendSettings, ModelSettings, RemoteSettings, Settings, SplitSettings, StoreSettings
@@ -34,11 +37,12 @@ if TYPE_CHECKING:
     from kvmem.stream import AnswerStream
     from kvmem.tools import ToolCall
 
-# Public names by the module they live in; loaded on first use, so that `import kvmem` loads neither torch nor
-# transformers.
+# Public names by module. They are loaded on first use, so that `import kvmem` loads neither torch nor transformers.
 _HOME = {
     "kvmem.answer": ("Answer", "Prefill", "Source", "Timings", "Usage"),
-    "kvmem.document": ("Document",),
+    "kvmem.cancellation": ("Cancellation",),
+    "kvmem.collection": ("Collection",),
+    "kvmem.document": ("Chunk", "Document"),
     "kvmem.engine": ("KVMem",),
     "kvmem.errors": (
         "AnswerTimeoutError",
@@ -58,6 +62,7 @@ _HOME = {
     ),
     "kvmem.memory": ("Memory", "MemoryItem", "Recalled"),
     "kvmem.model": ("LanguageModel",),
+    "kvmem.options": ("GenerateOptions",),
     "kvmem.plan": ("Plan",),
     "kvmem.retrieve": ("BM25Retriever", "HybridRetriever", "Retriever"),
     "kvmem.settings": (
@@ -81,10 +86,14 @@ __all__ = [
     "AnswerTimeoutError",
     "BM25Retriever",
     "BlendSettings",
+    "Cancellation",
+    "Chunk",
     "ClosedError",
+    "Collection",
     "Document",
     "DocumentStats",
     "EmptyInputError",
+    "GenerateOptions",
     "HybridRetriever",
     "InputError",
     "KVMem",

@@ -1,4 +1,4 @@
-"""Where cached context beats RAG and where RAG wins: arithmetic on what was measured and what the user expects."""
+"""Estimate whether cached context or RAG is cheaper, from measured speeds and the expected workload."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ _QUESTION = 40
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model and a disk do here.
+    """Measured speed of a model and a store on this machine.
 
-    Reading n tokens takes linear * n + quadratic * n**2 seconds. load_bandwidth: bytes of KV per second, from the store
-    into the buffer. bytes_per_token: of KV. window: tokens.
+    Attributes:
+        linear: Seconds per token; prefilling n tokens takes linear * n + quadratic * n**2 seconds.
+        quadratic: Seconds per token squared.
+        load_bandwidth: Bytes of KV per second, from the store into the buffer.
+        bytes_per_token: Bytes of KV per token.
+        window: The model's context window, in tokens.
     """
 
     linear: float
@@ -34,18 +38,26 @@ class Measured:
     window: int
 
     def read(self, tokens: float, behind: float = 0.0) -> float:
-        """Seconds to read `tokens` behind `behind` others."""
+        """Seconds to prefill `tokens` tokens after `behind` tokens."""
         return self.linear * tokens + self.quadratic * ((behind + tokens) ** 2 - behind**2)
 
     def load(self, tokens: float) -> float:
-        """Seconds to bring the KV of `tokens` into the buffer."""
+        """Seconds to load the KV of `tokens` tokens into the buffer."""
         return tokens * self.bytes_per_token / self.load_bandwidth
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a user expects: tokens of the corpus, queries and updates by day, tokens that an update changes, and tokens
-    that RAG retrieves for a query. recompute: the share of tokens that blending recomputes."""
+    """The expected workload.
+
+    Attributes:
+        corpus_tokens: Size of the corpus, in tokens.
+        queries: Queries per day.
+        updates: Updates per day.
+        update_tokens: Tokens that one update changes.
+        rag_tokens: Tokens that RAG retrieves per query.
+        recompute: Fraction of the tokens that blending recomputes.
+    """
 
     corpus_tokens: int
     queries: float
@@ -57,8 +69,15 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to answer. first_token: seconds per query. once: seconds before the first query. per_day: seconds of the
-    model by day, answers not counted. disk: bytes."""
+    """The estimated cost of one way to answer.
+
+    Attributes:
+        name: Display name.
+        first_token: Seconds to the first token, per query.
+        once: Seconds of one-time work before the first query.
+        per_day: Seconds of model time per day, without generating the answers.
+        disk: Bytes on disk.
+    """
 
     name: str
     first_token: float
@@ -69,9 +88,14 @@ class Way:
 
 @dataclass(frozen=True)
 class Advice:
-    """ways: ordinary RAG, kvmem with the same retrieval, and kvmem with the whole corpus (None if it does not fit the
-    window). best: the name of the way with the least work by day. break_even: queries until the work done once is paid
-    back, None if never. reason: in a sentence."""
+    """The result of `advise`.
+
+    Attributes:
+        ways: Ordinary RAG, kvmem with the same retrieval, and, if the corpus fits the window, kvmem with all of it.
+        best: Name of the way with the least work per day.
+        break_even: Number of queries after which the one-time work has paid off; None if it never does.
+        reason: The recommendation in one sentence.
+    """
 
     ways: tuple[Way, ...]
     best: str
@@ -80,7 +104,7 @@ class Advice:
 
 
 def advise(measured: Measured, wanted: Wanted) -> Advice:
-    """Compare the ways. Pure."""
+    """Compare RAG with kvmem for the given workload. Runs no model."""
     question, corpus, rag = _QUESTION, wanted.corpus_tokens, min(wanted.rag_tokens, wanted.corpus_tokens)
     disk = corpus * measured.bytes_per_token
     update = measured.read(wanted.update_tokens)
@@ -94,7 +118,7 @@ def advise(measured: Measured, wanted: Wanted) -> Advice:
         Way("kvmem, retrieved chunks", reused, once, wanted.queries * reused + wanted.updates * update, disk),
     ]
     if corpus + question <= measured.window:
-        # Behind an update the corpus is approximate and is repaired, before it is exact and stays in memory.
+        # The first query after an update needs blending; after that the corpus is exact and stays in memory.
         exact = measured.read(question, corpus)
         blended = measured.load(corpus) + exact + wanted.recompute * measured.read(corpus)
         share = min(1.0, wanted.updates / max(wanted.queries, 1e-9))
@@ -108,23 +132,23 @@ def advise(measured: Measured, wanted: Wanted) -> Advice:
 
 
 def _reason(ways: Sequence[Way], best: Way, break_even: float | None, wanted: Wanted) -> str:
-    whole = "" if len(ways) == 3 else "; the corpus does not fit the window, so chunks are retrieved either way"
+    whole = "" if len(ways) == 3 else "; the corpus does not fit the window, so both options retrieve chunks"
     if best.name == "RAG" or break_even is None:
         return (
             f"RAG needs less work: {wanted.updates:.0f} updates a day cost more than {wanted.queries:.0f} queries "
             f"save{whole}"
         )
     days = break_even / max(wanted.queries, 1e-9)
-    return f"{best.name} pays back its reading after {break_even:.0f} queries ({days:.1f} days){whole}"
+    return f"{best.name} pays back its one-time prefill after {break_even:.0f} queries ({days:.1f} days){whole}"
 
 
 def measure(model: LanguageModel, store: Store) -> Measured:
-    """Time reading and loading here; takes a few seconds. What is stored for it is removed again."""
+    """Time prefill and loading on this machine. Takes a few seconds and leaves nothing in the store."""
     rng = np.random.default_rng(0)
     sizes = [size for size in (256, 512, 1024, 2048) if size <= model.window // 2] or [model.window // 2]
     vocabulary = int(model.hf.config.get_text_config().vocab_size)
     ids = tuple(int(i) for i in rng.integers(5, vocabulary - 5, max(sizes)))
-    model.append(ids[: sizes[0]], model.new_cache(sizes[0]))  # the first run is slower
+    model.append(ids[: sizes[0]], model.new_cache(sizes[0]))  # warm-up: the first run is slower
     seconds = []
     for size in sizes:
         cache = model.new_cache(size)
@@ -153,7 +177,7 @@ def measure(model: LanguageModel, store: Store) -> Measured:
 
 
 def _fit(terms: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
-    """Least squares with weights for relative errors, without negative costs."""
+    """Least-squares fit that minimises relative errors; costs are never negative."""
     weights = 1 / seconds[:, None]
     (linear, quadratic), *_ = np.linalg.lstsq(terms * weights, np.ones(len(seconds)), rcond=None)
     if quadratic < 0:

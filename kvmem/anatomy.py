@@ -1,9 +1,9 @@
-"""What a model's KV cache looks like: found by running single tokens, not by a list of architectures."""
+"""Detect the structure of a model's KV cache by running single tokens, not by a list of architectures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,17 +15,16 @@ from kvmem.cache import BlendedCache, LayerGroup
 from kvmem.errors import ModelError, first_line
 from kvmem.rope import Rope
 
-if TYPE_CHECKING:
-    from kvmem.model import LanguageModel
-
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What was found out about a model's cache by running it on single tokens.
+    """The structure of a model's cache.
 
-    groups: the layers that keep keys and values, by shape, window and rotation. recurrent: the other layers, which
-        keep a state instead of a row per token.
-    blendable: whether keys can be moved to other positions; if not, `reason` says why.
+    Attributes:
+        groups: The layers that keep keys and values, grouped by shape, window and rotation.
+        blendable: Whether keys can be moved to other positions.
+        reason: If not `blendable`, why not.
+        recurrent: Indices of the other layers, which keep a state instead of a row per token.
     """
 
     groups: tuple[LayerGroup, ...]
@@ -34,21 +33,38 @@ class Anatomy:
     recurrent: tuple[int, ...] = ()
 
 
-def examine(model: LanguageModel) -> Anatomy:
-    hf, window, token = model.hf, model.window, _ordinary_token(model)
+class Forward(Protocol):
+    """Runs token ids (int64 [m]) through a model, at the positions of a step."""
+
+    def __call__(self, token_ids: Tensor, cache: BlendedCache, step: Step) -> None: ...
+
+
+def examine(hf: Any, name: str, window: int, forward: Forward) -> Anatomy:
+    """Run a transformers model on single tokens and derive the cache's structure from the keys it computes.
+
+    Args:
+        hf: The transformers model.
+        name: Name for error messages.
+        window: The context window, in tokens.
+        forward: Runs the model over a `BlendedCache`.
+
+    Raises:
+        ModelError: The model has a cache that cannot be stored.
+    """
+    token = _ordinary_token(hf)
 
     def keys_at(position: int) -> tuple[list[Any], dict[int, Tensor]]:
         cache = DynamicCache(config=hf.config.get_text_config())
-        ids = torch.tensor([[token]], device=model.device)
+        ids = torch.tensor([[token]], device=hf.device)
         with torch.no_grad():
             hf.base_model(
                 input_ids=ids,
-                position_ids=torch.tensor([[position]], device=model.device),
+                position_ids=torch.tensor([[position]], device=hf.device),
                 past_key_values=cache,
                 use_cache=True,
             )
         layers: list[Any] = cache.layers
-        _refuse_unknown(model, layers)
+        _refuse_unknown(name, layers)
         keys = {i: layer.keys[0, :, 0].float().cpu() for i, layer in enumerate(layers) if not _is_recurrent(layer)}
         return layers, keys
 
@@ -56,7 +72,7 @@ def examine(model: LanguageModel) -> Anatomy:
     layers, origin = keys_at(0)
     positions = (1, 5, 97, window - 1)
     moved = [(p, keys_at(p)[1]) for p in positions if 0 < p < window]
-    keys_at(0)  # a length-dependent RoPE goes back to its short form
+    keys_at(0)  # resets a length-dependent RoPE to its short form
     ropes = {i: _fit(origin[i], [(p, k[i]) for p, k in moved], frequencies) for i in origin}
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index in origin:
@@ -68,8 +84,8 @@ def examine(model: LanguageModel) -> Anatomy:
     built = tuple(LayerGroup(tuple(indices), *key) for key, indices in groups.items())
     recurrent = tuple(i for i, layer in enumerate(layers) if _is_recurrent(layer))
     if recurrent:
-        _refuse_if_pieces_differ(model)
-    reason = _obstacle(model, list(ropes.values()), built, recurrent)
+        _refuse_if_pieces_differ(hf, name)
+    reason = _obstacle(hf, forward, list(ropes.values()), built, recurrent)
     return Anatomy(built, not reason, reason or "keys follow rotary position embedding", recurrent)
 
 
@@ -77,41 +93,41 @@ def _is_recurrent(layer: Any) -> bool:
     return type(layer) is LinearAttentionLayer and layer.number_of_states == 1
 
 
-def _refuse_unknown(model: LanguageModel, layers: list[Any]) -> None:
-    """Raise ModelError when the cache is made of more than keys and values and recurrent states, or has no keys."""
+def _refuse_unknown(name: str, layers: list[Any]) -> None:
+    """Raise ModelError if the cache has layers of an unsupported type, or no keys at all."""
     known = (DynamicLayer, DynamicSlidingWindowLayer)
     strange = sorted(
         {type(layer).__name__ for layer in layers if type(layer) not in known and not _is_recurrent(layer)}
     )
     if strange:
         raise ModelError(
-            f"{model.name!r} keeps what cannot be stored yet ({', '.join(strange)}). "
+            f"{name!r} has cache layers that cannot be stored yet ({', '.join(strange)}). "
             "Use a model whose layers are attention, sliding-window attention or plain recurrent layers."
         )
     if not layers or all(_is_recurrent(layer) for layer in layers):
         raise ModelError(
-            f"{model.name!r} keeps no keys and values by token, so there is no KV cache to reuse. "
+            f"{name!r} has no layers with keys and values, so there is no KV cache to reuse. "
             "Use a model with attention layers."
         )
 
 
-def length_dependent_rope(hf: Any) -> bool:
-    """Whether the frequencies of the rotary embedding depend on the prompt's length (dynamic NTK, LongRoPE)."""
-    parameters = getattr(hf.config.get_text_config(), "rope_parameters", None) or {}
+def length_dependent_rope(config: Any) -> bool:
+    """Whether the RoPE frequencies depend on the length of the prompt (dynamic NTK, LongRoPE)."""
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
 
 
-def _ordinary_token(model: LanguageModel) -> int:
-    """A token that is neither padding nor control: embeddings of padding may be zero, and tell nothing."""
-    return int(model.hf.config.get_text_config().vocab_size) // 3
+def _ordinary_token(hf: Any) -> int:
+    """A token that is neither padding nor control: a padding token's embedding may be zero."""
+    return int(hf.config.get_text_config().vocab_size) // 3
 
 
 _UNKNOWN = Rope(torch.empty(0), "half")
 
 
 def _frequencies(hf: Any) -> list[Rope]:
-    """Every rotation the model might use, from the inverse frequencies its modules hold."""
+    """The rotations the model may use, from the `inv_freq` buffers of its modules."""
     found: list[Rope] = []
     for name, buffer in hf.named_buffers():
         if not name.endswith("inv_freq") or "original" in name or buffer.ndim != 1:
@@ -124,9 +140,9 @@ def _frequencies(hf: Any) -> list[Rope]:
 
 
 def _fit(origin: Tensor, moved: list[tuple[int, Tensor]], candidates: list[Rope]) -> Rope | None:
-    """The rotation that turns the key at position 0 into the keys at all other positions.
+    """The rotation that turns the key at position 0 (float32 [kv heads, dim]) into the keys at all other positions.
 
-    origin: float32 [kv heads, dim]. None is the identity (no position in the keys).
+    None is the identity: the keys do not depend on the position.
     """
     scale = float(origin.abs().max())
     if scale == 0.0:
@@ -139,7 +155,7 @@ def _fit(origin: Tensor, moved: list[tuple[int, Tensor]], candidates: list[Rope]
         worst = 0.0
         for position, keys in moved:
             turned = origin if rope is None else rope.turn(torch.tensor([position])).apply(origin[:, None])[:, 0]
-            # float32 angles lose precision as they grow; bfloat16 keys are exact to about 1%.
+            # float32 angles lose precision as they grow; bfloat16 keys are accurate to about 1%.
             allowed = 0.03 + 1e-6 * position
             worst = max(worst, float((turned - keys).abs().max()) / scale / allowed)
         if worst < least:
@@ -148,42 +164,44 @@ def _fit(origin: Tensor, moved: list[tuple[int, Tensor]], candidates: list[Rope]
 
 
 @torch.no_grad()
-def _refuse_if_pieces_differ(model: LanguageModel) -> None:
-    """Raise ModelError when reading a prompt in pieces is not reading it at once: some implementations begin a
-    piece of several tokens without the state before it."""
-    ids = torch.arange(64, device=model.device)[None] % 7 + _ordinary_token(model)
-    whole = model.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1].float()
-    cache = DynamicCache(config=model.hf.config.get_text_config())
+def _refuse_if_pieces_differ(hf: Any, name: str) -> None:
+    """Raise ModelError if a prefill in two pieces differs from a prefill in one.
+
+    Some implementations of recurrent layers ignore the earlier state when given several tokens.
+    """
+    ids = torch.arange(64, device=hf.device)[None] % 7 + _ordinary_token(hf)
+    whole = hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1].float()
+    cache = DynamicCache(config=hf.config.get_text_config())
     for piece in (ids[:, :40], ids[:, 40:]):
-        state = model.hf.base_model(input_ids=piece, past_key_values=cache, use_cache=True)
+        state = hf.base_model(input_ids=piece, past_key_values=cache, use_cache=True)
     difference = float((state.last_hidden_state[0, -1].float() - whole).norm() / whole.norm())
-    if difference > (1e-3 if model.dtype == torch.float32 else 0.1):
+    if difference > (1e-3 if hf.dtype == torch.float32 else 0.1):
         raise ModelError(
-            f"{model.name!r} cannot be continued exactly: read in two pieces, its output is {difference:.0%} away "
-            "from that of one reading. Use another model, or another version of transformers."
+            f"{name!r} cannot be continued exactly: prefilled in two pieces, its output differs by "
+            f"{difference:.0%} from a single prefill. Use another model, or another version of transformers."
         )
 
 
 def _obstacle(
-    model: LanguageModel, ropes: list[Rope | None], groups: tuple[LayerGroup, ...], recurrent: tuple[int, ...]
+    hf: Any, forward: Forward, ropes: list[Rope | None], groups: tuple[LayerGroup, ...], recurrent: tuple[int, ...]
 ) -> str:
-    """Why the model's caches cannot be moved and repaired; empty if they can."""
+    """Why the model's entries cannot be moved and blended; empty if they can."""
     if recurrent:
-        return "it has recurrent layers, whose state is of all tokens before it and cannot be taken apart"
-    if length_dependent_rope(model.hf):
-        return "its rotary position embedding changes with the length of the prompt"
+        return "it has recurrent layers, whose state depends on all earlier tokens and cannot be split"
+    if length_dependent_rope(hf.config):
+        return "its rotary position embedding depends on the length of the prompt"
     if any(rope is _UNKNOWN for rope in ropes):
-        return "its keys do not follow one rotary position embedding over the whole window"
-    layer_types = set(getattr(model.hf.config.get_text_config(), "layer_types", None) or ())
+        return "its keys do not follow a single rotary position embedding over the whole window"
+    layer_types = set(getattr(hf.config.get_text_config(), "layer_types", None) or ())
     if not layer_types <= {"full_attention", "sliding_attention"}:
-        return f"its layers attend in ways that are not known here ({', '.join(sorted(layer_types))})"
-    cache = BlendedCache(groups, 2, model.dtype, model.device)
-    step = Step(torch.arange(2, device=model.device))
-    token = _ordinary_token(model)
+        return f"it has unsupported attention layers ({', '.join(sorted(layer_types))})"
+    cache = BlendedCache(groups, 2, hf.dtype, hf.device)
+    step = Step(torch.arange(2, device=hf.device))
+    token = _ordinary_token(hf)
     try:
-        model.forward(torch.tensor([token, token]), cache, step)
+        forward(torch.tensor([token, token]), cache, step)
     except (TypeError, ValueError, AttributeError) as error:
-        return f"its forward does not take explicit positions ({first_line(error)})"
+        return f"its forward method does not accept explicit positions ({first_line(error)})"
     if step.layers_seen != len(ropes):
-        return "its attention does not go through transformers' attention interface"
+        return "it does not use transformers' attention interface"
     return ""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from kvmem.errors import ClosedError, ModelError, first_line
+from kvmem.cancellation import NEVER, Cancellation
+from kvmem.errors import ModelError, first_line
 
 
 def _batches(texts: Sequence[str], size: int = 512) -> Iterator[list[str]]:
@@ -19,9 +21,11 @@ def _batches(texts: Sequence[str], size: int = 512) -> Iterator[list[str]]:
 class AnyModel(ABC):
     """A tokenizer with its chat template, and the limits of a model. Text may be given from any thread.
 
-    tokenizer: one of transformers. name: what the model was loaded as. parallel: how many prompts it runs at a time.
-    separator: token ids that have to stand around every chunk. lock: held by whoever runs the model, or changes what
-        is known of it; several `KVMem` may share one. working: the thread that holds it, or 0.
+    Attributes:
+        tokenizer: one of transformers.
+        name: what the model was loaded as.
+        parallel: how many prompts it runs at a time.
+        separator: token ids between chunks.
     """
 
     parallel = 1
@@ -30,10 +34,7 @@ class AnyModel(ABC):
     def __init__(self, tokenizer: Any, name: str) -> None:
         self.tokenizer: Any = tokenizer
         self.name = name
-        self.lock = threading.RLock()
-        self.working = 0
         self._tokenizing = threading.Lock()
-        self._patience = threading.local()
 
     @property
     @abstractmethod
@@ -45,31 +46,11 @@ class AnyModel(ABC):
     def fingerprint(self) -> str:
         """Identifies everything that what is kept of it depends on."""
 
+    def refresh(self) -> None:  # noqa: B027
+        """Notice what has changed of the model since the last call; nothing for a model on a server."""
+
     def close(self) -> None:  # noqa: B027
         """Let go of what it holds; nothing for a model in this process."""
-
-    @contextmanager
-    def giving_up(self, cancelled: Callable[[], bool]) -> Iterator[None]:
-        """While open, and until `begin_answer`, work of this thread ends by a ClosedError once `cancelled` is true."""
-        before = getattr(self._patience, "cancelled", None)
-        self._patience.cancelled = cancelled
-        try:
-            yield
-        finally:
-            self._patience.cancelled = before
-
-    def begin_answer(self) -> None:
-        """From here on, whoever generates ends the answer after a whole token."""
-        self._patience.cancelled = None
-
-    def patience(self) -> Callable[[], bool]:
-        """What says, to any thread, whether nobody waits any more for what this one does."""
-        return getattr(self._patience, "cancelled", None) or (lambda: False)
-
-    def poll(self) -> None:
-        """Raise ClosedError if nobody waits any more."""
-        if self.patience()():
-            raise ClosedError("The work was cancelled before its end. Ask again.")
 
     @cached_property
     def begin(self) -> tuple[int, ...]:
@@ -90,9 +71,7 @@ class AnyModel(ABC):
     @cached_property
     def knows_tools(self) -> bool:
         """Whether the chat template tells the model what tools there are."""
-        function = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
-        message = [{"role": "user", "content": "?"}]
-        return self.render(message, [{"type": "function", "function": function}]) != self.render(message)
+        return knows_tools(self.tokenizer)
 
     def tokenize(self, text: str, *, markup: bool) -> tuple[int, ...]:
         """Token ids of `text` alone. Without `markup`, special tokens written in the text are plain text."""
@@ -109,18 +88,30 @@ class AnyModel(ABC):
         return found
 
     @cached_property
+    def tokenizer_digest(self) -> str:
+        """Identifies how texts become tokens: the tokenizer, and the separator of chunks."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        return hashlib.sha256(f"{rules}{self.separator}".encode()).hexdigest()[:32]
+
+    @cached_property
     def vocabulary(self) -> int:
         """Token ids are smaller than this."""
         return len(self.tokenizer)
 
+    def count_markup(self) -> int:
+        """Tokens of the chat template around a system and a user message, and in front of the answer."""
+        messages = [{"role": "system", "content": ""}, {"role": "user", "content": "?"}]
+        return len(self.tokenize(self.render(messages), markup=True))
+
     def count_tokens(self, text: str) -> int:
         return len(self.tokenize(text, markup=False))
 
-    def count_all(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text alone. Raises ClosedError when nobody waits for them any more."""
+    def count_all(self, texts: Sequence[str], cancellation: Cancellation = NEVER) -> list[int]:
+        """Tokens of each text alone. Raises ClosedError or AnswerTimeoutError when cancelled."""
         counts: list[int] = []
         for some in _batches(texts):
-            self.poll()
+            cancellation.check()
             counts += map(len, self.tokenize_all(some, markup=False))
         return counts
 
@@ -146,3 +137,19 @@ class AnyModel(ABC):
             # Templates without a system role (Gemma 2) take the system text at the head of the first turn.
             merged = messages[0]["content"] + "\n\n" + messages[1]["content"]
             return self.render([{**messages[1], "content": merged}, *messages[2:]], tools)
+
+
+def knows_tools(tokenizer: Any) -> bool:
+    """Whether a tokenizer's chat template shows tools to the model."""
+    if not tokenizer.chat_template:
+        return False
+    function = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
+    message = [{"role": "user", "content": "?"}]
+    options = {"tokenize": False, "add_generation_prompt": True}
+    try:
+        with_tools = tokenizer.apply_chat_template(
+            message, tools=[{"type": "function", "function": function}], **options
+        )
+    except Exception:  # a template raises whatever it likes; it does not take tools then
+        return False
+    return bool(with_tools != tokenizer.apply_chat_template(message, **options))

@@ -1,8 +1,8 @@
 """Attention over a buffer in which any subset of positions is being computed.
 
-The function is registered with transformers' attention interface, so an unmodified model runs it. Its mask
-comes from positions alone: key_position <= query_position, and inside the window on sliding layers. It never
-relies on `is_causal` for a subset, which aligns to a corner and lets early tokens see later ones.
+The function is registered with transformers' attention interface, so an unmodified model runs it. Its mask depends on
+positions only: key_position <= query_position, and within the window on sliding layers. It never uses `is_causal` for
+a subset: that mask is aligned to a corner of the matrix and would let early tokens see later ones.
 """
 
 from __future__ import annotations
@@ -24,24 +24,27 @@ from kvmem.settings import AttentionName
 ATTENTION = "kvmem"
 DECODING = "kvmem_decoding"
 ROWS_PER_BLOCK = 96
-# Masks are shared by the layers of a step unless they would cover more than this many pairs.
+# The layers of a step share their masks unless the masks would cover more than this many (query, key) pairs.
 MASK_PAIRS = 16 << 20
-# From so many keys on that all rows of a block see, they are attended to without a mask.
+# If all rows of a block see at least this many keys, attention over those keys runs without a mask.
 SPLIT_FROM = 256
 
 
 @dataclass(eq=False)
 class Step:
-    """One forward over a `BlendedCache`: which positions are computed, and what is observed on the way.
+    """One forward pass over a `BlendedCache`: which positions are computed, and what is recorded.
 
-    positions: int64 [m], strictly ascending.
-    scored_layers: the layers whose attention is observed.
-    scores: float32 [total]; each scored layer adds its attention to every key position, averaged over heads
-        and over the m rows.
-    final_layer: the model's last one, if of its output only the last token's is wanted; the other rows need no
-        attention there, since their keys and values do not depend on it.
-    partial: the forward is for the scores only, and ends (with `Enough`) in the last scored layer.
-    layers_entered, layers_seen: how many layers have computed keys, and how many have attended, so far.
+    Attributes:
+        positions: int64 [m], strictly ascending.
+        backend: The attention implementation.
+        scored_layers: The layers whose attention weights are recorded.
+        scores: float32 [total]; each scored layer adds its attention to every key position, averaged over heads and
+            over the m rows.
+        final_layer: The model's last layer, if only the last token's output is needed. The other rows skip attention
+            there, since their keys and values do not depend on it.
+        partial: The pass only collects scores and ends (with `Enough`) in the last scored layer.
+        layers_entered: Number of layers that have computed keys so far.
+        layers_seen: Number of layers that have computed attention so far.
     """
 
     positions: Tensor
@@ -61,11 +64,11 @@ class Step:
 
     @property
     def token_layers(self) -> int:
-        """Tokens x layers computed so far."""
+        """Model work so far, in tokens x layers."""
         return self.positions.numel() * self.layers_entered
 
     def blocks(self, window: int | None) -> list[Block]:
-        """The rows in blocks, each with the range of keys it can see."""
+        """The rows, split into blocks, each with the range of keys it can see."""
         if window not in self._blocks:
             self._blocks[window] = self._cut(window)
         return self._blocks[window]
@@ -86,14 +89,14 @@ class Step:
 
 
 class Enough(Exception):  # noqa: N818
-    """Ends a forward whose remaining layers nobody needs."""
+    """Ends a forward pass early: the remaining layers are not needed."""
 
 
 @dataclass(eq=False)
 class Block:
-    """Rows [first, last) of a step, at `positions`, and the keys [low, high) that any of them can see.
+    """Rows [first, last) of a step, at `positions`, and the keys [low, high) that at least one of them can see.
 
-    Keys [low, edge) are seen by every row; masks are for [edge, high) and, if `kept`, made once.
+    Every row sees keys [low, edge); masks cover [edge, high). If `kept`, masks are built once and reused.
     """
 
     positions: Tensor
@@ -107,14 +110,16 @@ class Block:
     _masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
 
     def mask(self) -> Tensor:
-        """bool [rows, high - edge], True where the row may attend."""
+        """bool [rows, high - edge]: True where the row may attend."""
         keys = torch.arange(self.edge, self.high, device=self.positions.device)[None, :]
         mask = keys <= self.positions[:, None]
         return mask if self.window is None else mask & (keys > self.positions[:, None] - self.window)
 
     def added_mask(self, groups: int, start: int, dtype: torch.dtype) -> Tensor:
-        """[groups * rows, high - start]: 0 where the row may attend, else -inf; the kernels would make it in every
-        layer."""
+        """Additive mask [groups * rows, high - start]: 0 where the row may attend, else -inf.
+
+        Built here because the kernels would convert a boolean mask in every layer.
+        """
         name = groups, start, dtype
         if name in self._masks:
             return self._masks[name]
@@ -143,7 +148,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention for transformers' interface: query [1, heads, m, d], key/value [1, kv heads, total, d]."""
     if kvmem_step is None or position_bias is not None:
-        raise ValueError("this attention needs kvmem's positions and knows no position bias")
+        raise ValueError("this attention needs kvmem's positions and does not support position bias")
     step = kvmem_step
     step.layers_seen += 1
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -175,17 +180,17 @@ def attend(
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Plain causal attention of a whole sequence; returns [1, m, heads, d]."""
+    """Plain causal attention over a whole sequence; returns [1, m, heads, d]."""
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous()
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> Tensor:
-    """Attention of one block's rows; returns [1, m, heads, d].
+    """Attention for one block's rows; returns [1, m, heads, d].
 
-    The heads that share keys are put side by side as rows: the CPU's kernel then loads keys once for all of them,
-    and CUDA's fused kernels take a mask in this form only.
+    Heads that share keys are packed as rows: the CPU kernel then loads the keys once for all of them, and CUDA's fused
+    kernels accept a mask only in this form.
     """
     batch, heads, m, dim = q.shape
     groups = heads // k.shape[1]
@@ -200,9 +205,9 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> Tens
 
 
 def _split(q: Tensor, k: Tensor, v: Tensor, block: Block, groups: int, scale: float) -> Tensor:
-    """The CPU's kernel, which is much faster without a mask, over the keys all rows see and over the rest.
+    """Run the CPU kernel without a mask (much faster) over the keys that all rows see, and with a mask over the rest.
 
-    Two softmaxes over disjoint keys are joined by their log-sum-exp (as in Flash-Decoding).
+    The two softmaxes over disjoint keys are merged by their log-sum-exp (as in Flash-Decoding).
     """
     mask = block.added_mask(groups, block.edge, q.dtype)
     parts = [
@@ -220,9 +225,9 @@ def _split(q: Tensor, k: Tensor, v: Tensor, block: Block, groups: int, scale: fl
 def _explicit(
     q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out: [1, m, heads, d], and how much each key got in all, float32 [keys].
+    """Reference attention: the output [1, m, heads, d] and the total weight of each key, float32 [keys].
 
-    One KV head after the other: the weights of all of them would not stay in the processor's cache.
+    Processes one KV head at a time, so that the weights stay in the CPU cache.
     """
     _, heads, m, dim = q.shape
     kv_heads = k.shape[1]
@@ -258,9 +263,10 @@ def attend_one(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' `sdpa`, which takes one token that sees every key: as in `_masked`, heads that share keys are rows.
+    """transformers' `sdpa`, with a fast path for a single token that sees every key.
 
-    Torch's kernel for CPUs reads the keys once for each head otherwise, and a single row of 16 bits number by number.
+    Heads that share keys are packed as rows, as in `_masked`. Otherwise torch's CPU kernel reads the keys once per head
+    and does not vectorise a single 16-bit row.
     """
     changed = any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
     batch, heads, m, dim = query.shape
@@ -278,7 +284,7 @@ def attend_one(
 
 
 def mask_of_one(*args: Any, **options: Any) -> Tensor | None:
-    """The mask for transformers' `sdpa`; none for a token that sees every key, as where the cache cuts the window."""
+    """The mask for transformers' `sdpa`; None for a single token that sees every key in the cache."""
     mask: Tensor | None = sdpa_mask(*args, **options)
     if mask is not None and mask.dtype == torch.bool and mask.shape[-2] == 1 and bool(mask.all()):
         return None

@@ -1,4 +1,4 @@
-"""What runs the prompts of an engine: a model in this process, or a server."""
+"""Backend: what runs the prompts of an engine, a model in this process or a server."""
 
 from __future__ import annotations
 
@@ -6,23 +6,43 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from kvmem.answer import Answer, Prefill
+from kvmem.cancellation import Cancellation
 from kvmem.entry import EntryInfo
-from kvmem.generate import Sampling
+from kvmem.model import LanguageModel
+from kvmem.options import Blend, Sampling
 from kvmem.prompt import Span
 from kvmem.request import Request
 from kvmem.settings import BlendSettings
-from kvmem.stream import Deadline, Listener
+from kvmem.stream import Listener
 from kvmem.thread import Turn
 
 
 class Backend(Protocol):
-    """Reads spans and answers requests for one namespace. `Runner` is the one for a model in this process."""
+    """Computes spans and answers requests for one namespace."""
+
+    @property
+    def local_model(self) -> LanguageModel:
+        """The model, if it runs in this process. Raises InputError."""
+
+    @property
+    def limitation(self) -> str | None:
+        """Why caches are reused as exact prefixes only; None if they can be blended."""
+
+    @property
+    def reorders(self) -> bool:
+        """Whether chunks are arranged even if all of them fit, since moved text would be computed again."""
+
+    def parse_blend(self, blend: Blend) -> BlendSettings:
+        """The settings that an option stands for; None is the engine's own. Raises InputError."""
+
+    def resolve(self, blend: BlendSettings) -> BlendSettings:
+        """With a number for `recompute="auto"`, which may have to be measured first."""
 
     def arrange(self, before: Sequence[Span], groups: Sequence[Sequence[Span]]) -> list[int]:
-        """An order of `groups` behind `before` of which less has to be read; as given where it does not matter."""
+        """An order of `groups` behind `before` of which less has to be computed; as given where it does not matter."""
 
     def has_read(self, span: Span) -> bool:
-        """Whether the tokens were read, so that reading them again may be left out."""
+        """Whether the tokens were computed, so that computing them again may be left out."""
 
     def known(self, span: Span) -> list[EntryInfo]:
         """Every entry of the store of these tokens."""
@@ -30,8 +50,8 @@ class Backend(Protocol):
     def forget(self, span: Span) -> None:
         """Delete every entry of these tokens."""
 
-    def read(self, spans: Sequence[Span], in_place: str | None = None) -> None:
-        """Read `spans`, the prefix first, so that a later prompt finds them read."""
+    def read(self, spans: Sequence[Span], cancellation: Cancellation, in_place: frozenset[str] = frozenset()) -> None:
+        """Compute `spans`, the prefix first, so that a later prompt finds them in the store."""
 
     def answer(
         self,
@@ -39,20 +59,21 @@ class Backend(Protocol):
         blend: BlendSettings,
         sampling: Sampling,
         listener: Listener,
+        cancellation: Cancellation,
         conversation: bool = False,
     ) -> tuple[Answer, Turn | None]:
         """Answer; in a `conversation`, also what the turn left behind, unless it was cancelled."""
 
     def answer_all(
-        self, requests: Sequence[Request], blend: BlendSettings, sampling: Sampling, deadline: Deadline
+        self, requests: Sequence[Request], blend: BlendSettings, sampling: Sampling, cancellation: Cancellation
     ) -> list[Answer]:
         """Answer all, in their order."""
 
-    def prefill(self, request: Request, blend: BlendSettings) -> Prefill:
-        """The state after reading a prompt. Raises InputError where there is none to be had."""
+    def prefill(self, request: Request, blend: BlendSettings, cancellation: Cancellation) -> Prefill:
+        """The state after a prompt. Raises InputError where it is not available."""
 
     def release(self) -> None:
-        """Let go of what is kept from one prompt to the next."""
+        """Free what is kept from one prompt to the next."""
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Free everything."""

@@ -1,4 +1,4 @@
-"""Decoding several answers at once behind one prefix, by transformers' own `generate`."""
+"""Decode several answers at once after a shared prefix, with transformers' own `generate`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from kvmem.answer import FinishReason
 from kvmem.cache import BlendedCache
+from kvmem.cancellation import NEVER, Cancellation
 from kvmem.errors import InputError
-from kvmem.generate import Generated, Sampling, call_generate, cut_at_stop, ends
+from kvmem.generate import Generated, call_generate, cut_at_stop, ends
 from kvmem.model import LanguageModel
+from kvmem.options import Sampling
 from kvmem.shared import SharedCache, left_padded
-from kvmem.stream import Listener
 
 
 def generate_together(
@@ -26,11 +27,11 @@ def generate_together(
     prefix_ids: Sequence[int],
     queries: Sequence[Sequence[int]],
     sampling: Sampling,
-    listener: Listener,
+    cancellation: Cancellation = NEVER,
 ) -> list[Generated]:
-    """Answer every query behind `prefix_ids`, whose rows `prefix` holds and keeps. Raises InputError."""
+    """Answer every query after `prefix_ids`, whose KV is in `prefix` and is not modified. Raises InputError."""
     if sampling.schema is not None:
-        raise InputError("Answers in JSON are decoded one at a time. Ask one question after the other.")
+        raise InputError("A batch does not support a JSON schema. Ask the questions one at a time.")
     end = ends(model, sampling)
     rows, padding = left_padded(queries, end[0], model.device)
     before = torch.tensor(list(prefix_ids), device=model.device).expand(len(queries), -1)
@@ -39,7 +40,7 @@ def generate_together(
     places = torch.arange(rows.shape[1], device=model.device)
     seen[:, len(prefix_ids) :] = (places >= padding[:, None]).long()
     cache = SharedCache(prefix, padding, rows.shape[1] + sampling.max_tokens)
-    watch = _Watch(model, sampling, prompt.shape[1], listener)
+    watch = _Watch(model, sampling, prompt.shape[1], cancellation)
     with cache.attending(model):
         found = call_generate(
             model,
@@ -54,12 +55,12 @@ def generate_together(
 
 
 def _read(model: LanguageModel, ids: list[int], end: list[int], sampling: Sampling, first_token: float) -> Generated:
-    """One answer: `ids` up to the first that ends it, or up to the stop string; padding behind it is dropped."""
+    """One answer: `ids` up to the first end token or stop string; the padding after it is dropped."""
     kept = list(takewhile(lambda token: token not in end, ids))
     kept += ids[len(kept) : len(kept) + 1]
     stopped, text = _cut(model, kept, sampling)
     if stopped:
-        # transformers fills a row that has ended with padding.
+        # transformers pads a row that has ended.
         kept = kept[: 1 + next(n for n in range(len(kept)) if _cut(model, kept[: n + 1], sampling)[0])]
     reason: FinishReason = "stop" if stopped or kept[-1] in end else "length"
     return Generated(text, tuple(kept), reason, first_token)
@@ -70,16 +71,16 @@ def _cut(model: LanguageModel, ids: list[int], sampling: Sampling) -> tuple[bool
 
 
 class _Watch(StoppingCriteria):
-    """Ends every row at its stop string, all when nobody waits any more, and notes when the first tokens were there."""
+    """Ends each row at its stop string, ends all rows on cancellation, and records the time of the first token."""
 
-    def __init__(self, model: LanguageModel, sampling: Sampling, prompt: int, listener: Listener) -> None:
-        self._listener = listener
+    def __init__(self, model: LanguageModel, sampling: Sampling, prompt: int, cancellation: Cancellation) -> None:
+        self._cancellation = cancellation
         self._decode, self._stop, self._prompt = model.tokenizer.decode, sampling.stop, prompt
         self.first_token = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.first_token = self.first_token or time.perf_counter()
-        over = self._listener.cancelled()
+        over = self._cancellation.stopped
         done = [over or self._has_stopped(row) for row in input_ids[:, self._prompt :].tolist()]
         return torch.tensor(done, device=input_ids.device)
 

@@ -1,4 +1,4 @@
-"""Repair: recompute the few tokens of a stitched cache that matter, and read the question, in one forward."""
+"""Blending: recompute the few important tokens of a composed buffer and prefill the question, in one forward pass."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ from kvmem.settings import BlendSettings
 
 @dataclass(frozen=True, eq=False)
 class Repair:
-    """A forward that is ready to run: it recomputes the chosen tokens and reads the query behind them.
+    """A forward pass that is ready to run: it recomputes the chosen tokens and prefills the query after them.
 
-    token_ids: int64 [m], the chosen tokens and the query. step: their positions; None for a model that cannot be
-    blended, which reads the query as it reads anything. recomputed: the chosen positions, int64 ascending.
-    end: the cache's length afterwards. token_layers: tokens x layers that choosing them took.
+    Attributes:
+        token_ids: int64 [m], the chosen tokens and the query.
+        step: Their positions; None if the model cannot be blended, in which case only the query is prefilled.
+        correction: Corrects the neighbours of the recomputed tokens; None if there is nothing to correct.
+        recomputed: int64, the chosen positions, ascending.
+        end: The length of the cache afterwards.
+        token_layers: Work that choosing the tokens took, in tokens x layers.
     """
 
     token_ids: Tensor
@@ -36,7 +40,7 @@ class Repair:
     token_layers: int
 
     def run(self, model: LanguageModel, cache: BlendedCache) -> Tensor:
-        """Run the forward over `cache`, in place; returns float32 [vocab] logits after the last token."""
+        """Run the forward pass over `cache`, in place; returns the logits after the last token, float32 [vocab]."""
         if self.step is None:
             return model.next_logits(self.token_ids, cache)
         logits = model.next_logits(self.token_ids, cache, self.step, self.correction)
@@ -44,14 +48,14 @@ class Repair:
         return logits
 
     def as_first_forward(self, model: LanguageModel, cache: BlendedCache) -> AbstractContextManager[None]:
-        """While open, the next forward of the model, whoever makes it, is this one."""
+        """While the context is open, the model's next forward pass is replaced by this one."""
         if self.step is None:
             return nullcontext()
         return model.first_forward(self.token_ids, cache, self.step, self.correction)
 
 
 def plan_repair(model: LanguageModel, stitched: Stitched, query: Sequence[int], settings: BlendSettings) -> Repair:
-    """Choose what to recompute of `stitched`, whose buffer gets room for `query`, one token or more."""
+    """Choose the tokens of `stitched` to recompute, and reserve room for `query` (at least one token) in its buffer."""
     query = query[stitched.known :]
     cache, start = stitched.cache, stitched.cache.length
     end = start + len(query)
@@ -72,8 +76,10 @@ def plan_repair(model: LanguageModel, stitched: Stitched, query: Sequence[int], 
 def plan_shared_repair(
     model: LanguageModel, stitched: Stitched, queries: Sequence[Sequence[int]], settings: BlendSettings
 ) -> Repair:
-    """Choose what to recompute of `stitched` for several queries at once, by what they attend to on average; the
-    queries are not read. For a model that can be blended."""
+    """Choose the tokens of `stitched` to recompute for several queries, by their average attention.
+
+    The queries are not prefilled. The model must be blendable.
+    """
     start = stitched.cache.length
     stitched.cache.reserve(start + max(map(len, queries)))
     observers = [
@@ -100,7 +106,7 @@ def plan_shared_repair(
 def _choose(
     candidates: Candidates, settings: BlendSettings, model: LanguageModel
 ) -> tuple[Tensor, LocalCorrection | None]:
-    """The positions to recompute, and what moves the others along with them."""
+    """The positions to recompute, and the correction for their neighbours."""
     selected = select(candidates, settings)
     if not settings.corrects or not selected.numel():
         return selected, None
@@ -108,7 +114,7 @@ def _choose(
 
 
 class _Deviation:
-    """Stands in for a correction: measures how far layer 1 is from exact, and ends the forward there."""
+    """A stand-in for a correction that measures how far layer 1 is from exact and ends the forward pass there."""
 
     def __init__(self, positions: Tensor) -> None:
         self._positions = positions
@@ -123,7 +129,7 @@ class _Deviation:
 
 
 class _Observer:
-    """Measures what selectors ask for, and counts tokens x layers."""
+    """Measures what the selectors need, and counts the work in tokens x layers."""
 
     def __init__(self, model: LanguageModel, stitched: Stitched, query_ids: Tensor, query_positions: Tensor) -> None:
         self._model, self._stitched = model, stitched
@@ -131,10 +137,10 @@ class _Observer:
         self.token_layers = 0
 
     def attention(self) -> Tensor:
-        """The question's attention to every position, averaged over heads, its own tokens, and scored layers.
+        """The question's attention to every position, averaged over heads and question tokens, summed over layers.
 
-        Scored is every second full-attention layer of the model's middle third (or, if none is there, of the middle
-        third of the full-attention layers, or of all layers).
+        Scores every second full-attention layer in the model's middle third. If there is none, it scores the middle
+        third of the full-attention layers, or of all layers.
         """
         depth = self._model.depth
         full = sorted(i for g in self._model.anatomy.groups if g.window is None for i in g.layers)
@@ -150,14 +156,14 @@ class _Observer:
         return scores
 
     def deviation(self) -> Tensor:
-        """Squared distance of layer 1's values from exact, for every approximate token."""
+        """The squared distance of layer 1's values from exact ones, for every approximate token."""
         stitched = self._stitched
         ranges = [torch.arange(a, b, device=self._model.device) for a, b in stitched.segments]
         positions = torch.cat(ranges)
         token_ids = torch.tensor(stitched.token_ids, dtype=torch.long)[positions.cpu()]
         measure = _Deviation(positions)
         step = Step(positions, self._model.settings.attention)
-        # Layer 0 is written on the way; its rows depend on token and position only, so they stay what they were.
+        # This also writes layer 0, but its rows depend only on token and position, so they do not change.
         with suppress(Enough):
             self._model.forward(token_ids, stitched.cache, step, measure)
         self.token_layers += step.token_layers
@@ -171,14 +177,14 @@ def _middle_third(layers: Sequence[int]) -> Sequence[int]:
 def count_usage(
     model: LanguageModel, stitched: Stitched, repair: Repair, generated: int, query: int | None = None
 ) -> Usage:
-    """Tokens by what was done for them; `generated` is a number of tokens, and so is `query`, if it was not read by the
-    repair."""
+    """Count the tokens of each class. `query`: the number of query tokens, if `repair` did not prefill the query."""
     recomputed = set(repair.recomputed.tolist())
     own = 0 if query is None else query
     query = len(repair.token_ids) - len(recomputed) if query is None else query
     counts = {"exact": 0, "computed": query, "reused": 0}
     for item in stitched.placed:
-        counts[item.origin] += sum(1 for p in range(item.start, item.end) if p not in recomputed)
+        counts[item.origin] += sum(1 for p in range(item.start + item.known, item.end) if p not in recomputed)
+        counts["exact"] += item.known
     read = stitched.forwarded + len(repair.token_ids) + own
     return Usage(
         exact=counts["exact"] + stitched.known,

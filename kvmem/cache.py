@@ -1,9 +1,9 @@
-"""BlendedCache: the preallocated KV buffer that chunks are stitched into and that generation continues on."""
+"""BlendedCache: the preallocated KV buffer in which prompts are composed and from which generation continues."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,16 +15,22 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 from kvmem.attention import Step
+from kvmem.cancellation import NEVER, Cancellation
 from kvmem.entry import EntryKey, KVEntry
 from kvmem.rope import Rope, Turn
 
 
 @dataclass(frozen=True, eq=False)
 class LayerGroup:
-    """Layers whose KV has one shape, one rotation and one window.
+    """Layers whose KV has the same shape, rotation and window.
 
-    layers: their indices. window: keys a query can see on sliding layers, None on full-attention layers.
-    rope: None where keys are not rotated (NoPE layers).
+    Attributes:
+        layers: Layer indices.
+        kv_heads: KV heads per layer.
+        key_dim: Dimension of a key.
+        value_dim: Dimension of a value.
+        window: Number of keys that a query sees on sliding layers; None on full-attention layers.
+        rope: The rotation of the keys; None if keys are not rotated (NoPE layers).
     """
 
     layers: tuple[int, ...]
@@ -36,20 +42,20 @@ class LayerGroup:
 
     @property
     def elements_per_token(self) -> int:
-        """Numbers kept per token, over all layers of the group."""
+        """Elements of KV per token, over all layers of the group."""
         return len(self.layers) * self.kv_heads * (self.key_dim + self.value_dim)
 
 
 class Correction(Protocol):
-    """Moves the rows that are not recomputed along with those that are."""
+    """Corrects the rows near the recomputed ones."""
 
     def apply(self, layer: BlendedLayer, new_keys: Tensor, new_values: Tensor) -> None:
-        """Change `layer`'s rows in place, before the new rows [1, kv heads, m, dim] are written."""
+        """Change `layer`'s rows in place, before the new rows ([1, kv heads, m, dim]) are written."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Move:
-    """Rows of an entry on their way to [start, end): of one group of layers, with the rotation that they share."""
+    """A pending copy of an entry's rows to [start, end), for one group of layers that share a rotation."""
 
     keys: Tensor
     values: Tensor
@@ -69,15 +75,22 @@ class _Move:
         return self.rope.move(rows + self.old_start, rows + self.start)
 
     def copy(self, place: int, keys: Tensor, values: Tensor) -> None:
-        """Copy the rows of the group's layer number `place` into its buffers; keys are rotated in float32."""
+        """Copy the rows of the group's layer at index `place` into that layer's buffers; rotates keys in float32."""
         keys[0, :, self.start : self.end] = self.keys[place] if self.turn is None else self.turn.apply(self.keys[place])
         values[0, :, self.start : self.end] = self.values[place]
+
+
+@dataclass
+class _Watch:
+    """The cancellation that may end a forward pass between two layers; shared by all layers."""
+
+    cancellation: Cancellation = NEVER
 
 
 class BlendedLayer(CacheLayerMixin):
     """One layer: `keys` and `values` are [batch, kv heads, capacity, dim]; the first `length` rows are valid.
 
-    Rows that were asked for by `expect` are there when `keys` or `values` is looked at.
+    Accessing `keys` or `values` first completes the copies requested with `expect`.
     """
 
     is_croppable = True
@@ -89,10 +102,10 @@ class BlendedLayer(CacheLayerMixin):
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
-        poll: Callable[[], None],
+        watch: _Watch,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.index, self.group, self._poll = index, group, poll
+        self.index, self.group, self._watch = index, group, watch
         self.dtype, self.device = dtype, device
         self._expected: deque[tuple[_Move, int]] = deque()
         self._copying = Lock()
@@ -127,15 +140,15 @@ class BlendedLayer(CacheLayerMixin):
 
     @property
     def is_expecting(self) -> bool:
-        """Whether rows are still to be copied."""
+        """Whether copies are pending."""
         return bool(self._expected)
 
     def expect(self, move: _Move, place: int) -> None:
-        """Have rows copied before the next look at `keys` or `values`."""
+        """Schedule a copy to run before the next access to `keys` or `values`."""
         self._expected.append((move, place))
 
     def settle(self) -> None:
-        """Copy what is expected, in the order it was asked for; from any thread."""
+        """Run the pending copies in order. Thread-safe."""
         if not self._expected:
             return
         with self._copying:
@@ -156,12 +169,12 @@ class BlendedLayer(CacheLayerMixin):
         """Nothing to do: the buffer is allocated at construction."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the new rows and return the rows that attention shall see.
+        """Write the new rows and return the rows that attention may see.
 
-        Inside a step the rows go to the step's positions and all rows up to its last position are returned.
-        Otherwise they are appended, as with any cache of transformers.
+        Inside a step, the rows go to the step's positions, and all rows up to its last position are returned.
+        Otherwise they are appended, as in any transformers cache.
         """
-        self._poll()
+        self._watch.cancellation.check()
         if self.step is None:
             return self._append(key_states, value_states)
         self.step.layers_entered += 1
@@ -188,7 +201,7 @@ class BlendedLayer(CacheLayerMixin):
         return 0 if self.group.window is None else max(0, self.length - self.group.window + 1)
 
     def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` rows, keeping the valid ones."""
+        """Grow to at least `capacity` rows and keep the valid ones."""
         if capacity <= self.capacity:
             return
         capacity = max(capacity, self.capacity * 3 // 2)
@@ -223,11 +236,10 @@ class BlendedLayer(CacheLayerMixin):
 
 
 class BlendedCache(Cache):
-    """A `transformers.Cache` over preallocated rows, which any subset of positions can be recomputed in.
+    """A `transformers.Cache` over preallocated rows, in which any subset of positions can be recomputed.
 
-    It is a private copy: stored entries are copied in and never written to.
-
-    poll: called whenever a layer is about to be written; it may raise, and so end a forward between two layers.
+    It is a private copy: entries are copied in and never modified. `cancellation` is checked before each layer is
+    written, so that a forward pass can stop between two layers.
     """
 
     def __init__(
@@ -237,11 +249,12 @@ class BlendedCache(Cache):
         dtype: torch.dtype,
         device: torch.device,
         recurrent: Sequence[int] = (),
-        poll: Callable[[], None] = lambda: None,
+        cancellation: Cancellation = NEVER,
     ) -> None:
         self.groups = tuple(groups)
+        self._watch = _Watch(cancellation)
         self._kept = {
-            index: BlendedLayer(index, group, capacity, dtype, device, poll)
+            index: BlendedLayer(index, group, capacity, dtype, device, self._watch)
             for group in self.groups
             for index in group.layers
         }
@@ -249,6 +262,14 @@ class BlendedCache(Cache):
         self.recurrent = {index: LinearAttentionLayer() for index in recurrent}
         layers: dict[int, Any] = {**self._kept, **self.recurrent}
         super().__init__(layers=[layers[index] for index in sorted(layers)])
+
+    @property
+    def cancellation(self) -> Cancellation:
+        return self._watch.cancellation
+
+    @cancellation.setter
+    def cancellation(self, cancellation: Cancellation) -> None:
+        self._watch.cancellation = cancellation
 
     @property
     def length(self) -> int:
@@ -268,9 +289,16 @@ class BlendedCache(Cache):
         for layer in self.blended:
             layer.reserve(capacity)
 
+    def copy_rows(self, source: BlendedCache, count: int) -> None:
+        """Take over the first `count` rows of another cache of the same model."""
+        for layer, other in zip(self.blended, source.blended, strict=True):
+            layer.keys[:, :, :count] = other.keys[:, :, :count]
+            layer.values[:, :, :count] = other.values[:, :, :count]
+        self.length = count
+
     @contextmanager
     def stepping(self, step: Step, correction: Correction | None = None) -> Iterator[None]:
-        """While open, a forward writes to the step's positions instead of appending."""
+        """While the context is open, a forward pass writes to the step's positions instead of appending."""
         for layer in self.blended:
             layer.step, layer.correction = step, correction
         try:
@@ -280,9 +308,9 @@ class BlendedCache(Cache):
                 layer.step = layer.correction = None
 
     def load(self, entry: KVEntry, start: int) -> None:
-        """Put an entry's rows at [start, start + n), its keys re-rotated (in float32) to stand there.
+        """Put an entry's rows at [start, start + n), with keys rotated (in float32) to the new positions.
 
-        They are copied when a layer is first looked at, or before that by `load_ahead`.
+        The copy happens when a layer is first accessed, or earlier in `load_ahead`.
         """
         for number, group in enumerate(self.groups):
             move = _Move(entry.keys[number], entry.values[number], group.rope, entry.start, start)
@@ -293,10 +321,10 @@ class BlendedCache(Cache):
             _restore(recurrent, convolved.to(self.device), remembered.to(self.device))
 
     def load_ahead(self) -> None:
-        """Copy what is to be loaded, layer by layer, beside whatever reads the first of them."""
+        """Run the pending copies in a background thread, layer by layer, while the first layers are already in use."""
 
         def settle() -> None:
-            # What cannot be copied is still expected, and whoever needs it meets the error.
+            # A failed copy stays pending; the next access to the layer raises its error.
             with suppress(Exception):
                 for layer in self.blended:
                     layer.settle()
@@ -309,8 +337,10 @@ class BlendedCache(Cache):
         return self.blended[0].device
 
     def states(self) -> tuple[Tensor, ...]:
-        """Copies of what recurrent layers remember, on the CPU: for each the inputs of its convolution, and its
-        recurrent state; a tensor without elements where a layer has none. Empty without such layers."""
+        """CPU copies of the recurrent layers' states; empty if there are no such layers.
+
+        Two tensors per layer: its convolution inputs and its recurrent state. A missing state is an empty tensor.
+        """
         return tuple(
             torch.empty(0) if state is None else state.detach().cpu().clone()
             for layer in self.recurrent.values()
@@ -327,7 +357,7 @@ class BlendedCache(Cache):
         return tuple(keys), tuple(values)
 
     def entry(self, key: EntryKey, token_ids: tuple[int, ...], start: int, spans: tuple[str, ...]) -> KVEntry:
-        """The rows of a span that begins at `start`, as an entry of its own."""
+        """The rows of the span that begins at `start`, as an entry."""
         keys, values = self.slice(start, start + len(token_ids))
         return KVEntry(key, token_ids, start, spans, keys, values, self.states())
 

@@ -1,14 +1,15 @@
-"""The model's self-check: what holds for a model is found by running it, not by looking its name up.
+"""The model check: measures what works for a model by running it, not by looking up its name.
 
-(a) keys moved to another position equal keys computed there; (b) a stitched cache recomputed as a whole equals full
-prefill; (c) exact reuse equals full prefill; (d) how close the default blend comes on a built-in text, and which
-budget is enough.
+It checks that (a) keys moved to another position equal keys computed there; (b) a composed buffer that is recomputed
+completely equals full prefill; (c) exact reuse equals full prefill. It also measures (d) how close the default blend
+comes to full prefill on a built-in text, and which budget is enough.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,13 +18,21 @@ from transformers import DynamicCache
 
 from kvmem.answer import Prefill
 from kvmem.cache import BlendedCache
-from kvmem.engine import KVMem
+from kvmem.cancellation import NEVER
+from kvmem.compose import Composer
+from kvmem.corpus import Chunker, Corpora
 from kvmem.entry import EntryKey
+from kvmem.local import LocalBackend
 from kvmem.model import LanguageModel
-from kvmem.settings import BlendSettings, default_cache_dir
+from kvmem.options import Blend
+from kvmem.prompt import DEFAULT_SYSTEM, Span, Typesetter
+from kvmem.request import RequestBuilder, Scope, prefix_of
+from kvmem.retrieve import BM25Retriever
+from kvmem.settings import BlendSettings, Settings, default_cache_dir
+from kvmem.store.memory import MemoryStore
 
 logger = logging.getLogger("kvmem")
-# Reports that could not be kept in the user's cache directory.
+# Reports that could not be written to the user's cache directory.
 _unwritten: dict[str, CheckReport] = {}
 
 TEXTS = (
@@ -47,20 +56,26 @@ QUESTIONS = (
     "How often does the lighthouse flash?",
 )
 BUDGETS = (0.02, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)
-# A budget is enough when it leaves less than a fifth of the divergence of plain reuse, or less than this many nats.
+# A budget is enough if its divergence is at most this share of plain reuse's divergence, or at most this many nats.
 ENOUGH_SHARE, ENOUGH_NATS = 0.2, 0.005
-# bfloat16 alone moves the next token's distribution by about a thousandth of a nat.
+# bfloat16 rounding alone changes the next token's distribution by about a thousandth of a nat.
 _TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What the check found; divergences are mean KL in nats to full prefill of the next token.
+    """The result of the check. Divergences are mean KL of the next token against full prefill, in nats.
 
-    blendable: whether (a) and (b) hold; if not, `reason` says which does not, and reuse is exact only.
-    rotation_error: (a), the largest difference relative to the largest key, None when keys do not rotate.
-    all_divergence: (b). exact_divergence: (c). divergence: (d), by budget of the default blend; 0 is plain reuse.
-    recompute: the smallest budget that is enough, for `recompute="auto"`.
+    Attributes:
+        model: Name of the model.
+        fingerprint: Fingerprint of the model.
+        blendable: Whether (a) and (b) hold. If not, only exact reuse is possible.
+        reason: If not `blendable`, what failed.
+        rotation_error: (a), the largest difference relative to the largest key; None if not measured.
+        all_divergence: (b), the divergence after recomputing everything; None if not measured.
+        exact_divergence: (c), the divergence of exact reuse.
+        divergence: (d), by budget of the default blend; "0" is plain reuse.
+        recompute: The smallest budget that is enough, for `recompute="auto"`; None if the model is not blendable.
     """
 
     model: str
@@ -79,20 +94,20 @@ class CheckReport:
 
 
 def check(model: LanguageModel) -> CheckReport:
-    """Run the check, and remember its result under the model's fingerprint in the user's cache directory."""
+    """Run the check, and save the report under the model's fingerprint in the user's cache directory."""
     report = _check(model)
     path = _remembered(model)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(report), indent=1))
     except OSError as error:
-        logger.warning("kvmem: the check of the model cannot be kept (%s); the next process checks again", error)
+        logger.warning("kvmem: the report of the model check cannot be kept (%s); the next process checks again", error)
         _unwritten[model.fingerprint] = report
     return report
 
 
 def recall(model: LanguageModel) -> CheckReport | None:
-    """The remembered result of an earlier check of the very same model, if there is one."""
+    """The saved report of an earlier check of the same model, if there is one."""
     if model.fingerprint in _unwritten:
         return _unwritten[model.fingerprint]
     try:
@@ -110,20 +125,20 @@ def _check(model: LanguageModel) -> CheckReport:
     rotation = _rotation_error(model) if blendable else None
     limit = 0.03 if model.dtype != torch.float32 else 1e-3
     if rotation is not None and rotation > limit:
-        blendable, reason = False, f"moved keys differ from computed ones by {rotation:.2g} of the largest"
-    with KVMem(model, None, max_tokens=1) as mem:
-        for text in TEXTS:
-            mem.prefill(QUESTIONS[0], context=[text])
-        divergence = {"0": _divergence(mem, "none")} if blendable else {}
-        for budget in BUDGETS if blendable else ():
-            divergence[str(budget)] = _divergence(mem, {"selector": "query", "recompute": budget})
-        # Last, because from then on all of it is exact.
-        every = _divergence(mem, "all") if blendable else None
-        if every is not None and every > _TOLERANCE:
-            blendable, reason = False, f"recomputing everything is {every:.2g} nats away from full prefill"
-    with KVMem(model, None, max_tokens=1) as mem:
-        mem.prefill(QUESTIONS[0], context=TEXTS)
-        exact = _divergence(mem, "none")
+        blendable, reason = False, f"moved keys differ from computed keys by {rotation:.2g} of the largest key"
+    bench = _Bench(model)
+    for text in TEXTS:
+        bench.prefill(QUESTIONS[0], [text], "none")
+    divergence = {"0": bench.divergence("none")} if blendable else {}
+    for budget in BUDGETS if blendable else ():
+        divergence[str(budget)] = bench.divergence({"selector": "query", "recompute": budget})
+    # Last, because from then on all of it is exact.
+    every = bench.divergence("all") if blendable else None
+    if every is not None and every > _TOLERANCE:
+        blendable, reason = False, f"recomputing everything is {every:.2g} nats away from full prefill"
+    fresh = _Bench(model)
+    fresh.prefill(QUESTIONS[0], TEXTS, "none")
+    exact = fresh.divergence("none")
     enough = [b for b in BUDGETS if divergence and divergence[str(b)] <= _enough(divergence["0"])]
     return CheckReport(
         model=model.name,
@@ -142,14 +157,33 @@ def _enough(plain: float) -> float:
     return max(ENOUGH_SHARE * plain, ENOUGH_NATS)
 
 
-def _divergence(mem: KVMem, blend: BlendSettings | str | dict[str, object]) -> float:
-    """Mean KL of the next token over the questions, with the texts in their order."""
-    total = 0.0
-    for question in QUESTIONS:
-        prefill = mem.prefill(question, context=TEXTS, blend=blend)
-        truth = _full(mem.local_model, prefill).log_softmax(-1)
-        total += float((truth.exp() * (truth - prefill.logits.cpu().log_softmax(-1))).sum())
-    return total / len(QUESTIONS)
+class _Bench:
+    """A backend with an empty store in memory."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        settings, store, typesetter = Settings(max_tokens=1), MemoryStore(), Typesetter(model)
+        preamble = prefix_of(typesetter, DEFAULT_SYSTEM)
+        span = Span(tuple(token for part in preamble for token in part.token_ids))
+        composer = Composer(model, store, settings.namespace, span)
+        self._model, self._store = model, store
+        self._backend = LocalBackend(model, store, composer, settings.blend, lambda: 0.0)
+        chunker = Chunker(model, typesetter, settings.split)
+        self._corpus = Corpora(store.database, settings.namespace, chunker).open("")
+        arrange = self._backend.arrange
+        self._requests = RequestBuilder(model, chunker, typesetter, BM25Retriever(), arrange, settings)
+
+    def prefill(self, question: str, texts: Sequence[str], blend: Blend) -> Prefill:
+        request = self._requests.for_question(0.0, question, Scope(self._corpus, context=texts), None, 1)
+        return self._backend.prefill(request, BlendSettings.parse(blend), NEVER)
+
+    def divergence(self, blend: Blend) -> float:
+        """Mean KL of the next token against full prefill over all questions, with the texts in their original order."""
+        total = 0.0
+        for question in QUESTIONS:
+            prefill = self.prefill(question, TEXTS, blend)
+            truth = _full(self._model, prefill).log_softmax(-1)
+            total += float((truth.exp() * (truth - prefill.logits.cpu().log_softmax(-1))).sum())
+        return total / len(QUESTIONS)
 
 
 @torch.no_grad()
@@ -160,7 +194,7 @@ def _full(model: LanguageModel, prefill: Prefill) -> torch.Tensor:
 
 @torch.no_grad()
 def _rotation_error(model: LanguageModel, distance: int = 300) -> float:
-    """Read a text at position 0 and, by the model alone, `distance` further on; move the first, and compare."""
+    """Compare keys computed at position 0 and moved by `distance` with keys that the model computed there."""
     ids = model.tokenize(TEXTS[0], markup=False)
     here = model.new_cache(len(ids))
     model.append(ids, here)

@@ -1,8 +1,8 @@
-"""The walk: a prompt's spans, left to right, each in the best context there is.
+"""Compose a prompt: place its spans left to right, each from the best available entry.
 
-While the exact entry is there, it is taken. A cold span with nothing approximate before it is read in place:
-exact, and stored. From the first approximate span on, the best entry is taken; cold spans there are read behind
-the preamble, stored, and composed like the others.
+As long as everything so far is exact, a span's exact entry is used if the store has it; a span without any entry is
+prefilled in place, which is exact, and stored. From the first approximate span on, the entry with the closest context
+is used; spans without any entry are prefilled behind the preamble, stored, and composed like the others.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from itertools import accumulate, takewhile
 from typing import Literal
 
 from kvmem.cache import BlendedCache
+from kvmem.cancellation import NEVER, Cancellation
 from kvmem.entry import Context, EntryInfo, EntryKey, KVEntry
 from kvmem.errors import PromptTooLongError
 from kvmem.model import LanguageModel
@@ -24,11 +25,15 @@ Origin = Literal["exact", "computed", "reused"]
 
 @dataclass(frozen=True)
 class Placed:
-    """A span at its place in the buffer, and where its KV came from."""
+    """A span at its position in the buffer, and where its KV came from.
+
+    known: of a span that was computed, how many of its first tokens the buffer held already.
+    """
 
     span: Span
     start: int
     origin: Origin
+    known: int = 0
 
     @property
     def end(self) -> int:
@@ -37,11 +42,15 @@ class Placed:
 
 @dataclass(eq=False)
 class Stitched:
-    """A buffer holding prefix and chunks. Rows up to `exact_end` are exact, those behind are approximate.
+    """A composed buffer with prefix and chunks. Rows before `exact_end` are exact, later ones are approximate.
 
-    unsaved: entries that were computed on the way and are not stored yet.
-    forwarded: tokens that went through the model on the way.
-    known: tokens of the query that the buffer holds as well, exactly.
+    Attributes:
+        cache: The buffer.
+        placed: The spans, in order.
+        exact_end: Number of leading rows that are exact.
+        unsaved: Entries that were computed while composing and are not stored yet.
+        forwarded: Number of tokens that ran through the model while composing.
+        known: Number of leading query tokens that the buffer already holds exactly.
     """
 
     cache: BlendedCache
@@ -57,23 +66,31 @@ class Stitched:
 
     @property
     def segments(self) -> tuple[tuple[int, int], ...]:
-        """The [start, end) of every approximate span."""
+        """The range [start, end) of every approximate span."""
         return tuple((item.start, item.end) for item in self.placed if item.end > self.exact_end)
 
 
 @dataclass(eq=False)
 class Resident:
-    """A buffer kept from an earlier prompt: its leading `token_ids` are exact in it."""
+    """A buffer kept from an earlier prompt; its rows for `token_ids` are exact.
+
+    prompt: how many of the tokens are the prompt; the others are its answer. conversation: whether its last part is
+    likely to be continued.
+    """
 
     cache: BlendedCache
     token_ids: tuple[int, ...]
+    prompt: int = 0
+    conversation: bool = False
 
-    def covers(self, start: int, span: Span) -> bool:
-        return self.token_ids[start : start + len(span)] == span.token_ids
+    def shared(self, token_ids: Sequence[int], start: int = 0) -> int:
+        """How many of `token_ids` are in its rows from `start` on."""
+        pairs = zip(self.token_ids[start : start + len(token_ids)], token_ids, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class Composer:
-    """Stitches prompts for one model, one store and one namespace."""
+    """Composes prompts for one model, one store and one namespace."""
 
     def __init__(self, model: LanguageModel, store: Store, namespace: str, preamble: Span) -> None:
         self._model, self._store, self._namespace = model, store, namespace
@@ -83,7 +100,7 @@ class Composer:
         return EntryKey(self._namespace, self._model.fingerprint, context.digest, span.digest)
 
     def make_exact(self, stitched: Stitched) -> None:
-        """Note that every row of `stitched` was recomputed in place: from here on all of it is exact."""
+        """Mark every row of `stitched` as exact, after all of them were recomputed in place."""
         context = Context()
         for item in stitched.placed:
             if item.end > stitched.exact_end:
@@ -94,17 +111,19 @@ class Composer:
         stitched.exact_end = context.length
 
     def known(self, span: Span) -> list[EntryInfo]:
-        """Every entry of these tokens in this namespace."""
+        """All entries for these tokens in this namespace, in any context."""
         return self._store.find(self.key(Context(), span))
 
     def forget(self, span: Span) -> None:
-        """Delete every entry of these tokens in this namespace."""
+        """Delete all entries for these tokens in this namespace."""
         for info in self.known(span):
             self._store.delete(info.key)
 
     def arrange(self, before: Sequence[Span], groups: Sequence[Sequence[Span]]) -> list[int]:
-        """An order of `groups` behind `before` of which more is exact: one after the other, that with the most exact
-        tokens there; as given where nothing is."""
+        """An order of `groups` after `before` that makes more of the prompt exact.
+
+        Greedy: always takes the group with the most exact tokens next. Groups without any keep their order.
+        """
         context = Context()
         for span in before:
             context.extend(span.token_ids, span.digest)
@@ -124,7 +143,7 @@ class Composer:
         return ordered + rest
 
     def _exact_behind(self, context: Context, spans: Sequence[Span]) -> Context:
-        """`context` and those of `spans` behind it that are there exactly."""
+        """`context`, extended by the leading `spans` that have an exact entry."""
         context = context.copy()
         for span in takewhile(lambda span: self._store.contains(self.key(context, span)), spans):
             context.extend(span.token_ids, span.digest)
@@ -135,29 +154,36 @@ class Composer:
         spans: Sequence[Span],
         capacity: int,
         resident: Resident | None = None,
-        in_place: str | None = None,
+        in_place: frozenset[str] = frozenset(),
         query: Sequence[int] = (),
+        cancellation: Cancellation = NEVER,
     ) -> Stitched:
-        """Stitch `spans` (the prefix first) into a buffer of at least `capacity` rows.
+        """Compose `spans` (the prefix first) in a buffer of at least `capacity` rows.
 
-        resident: a buffer to take over; it becomes the result's, with what it holds of `query` behind the spans.
-        in_place: a document whose spans are read in place, if all before them is exact, even where the same
-            tokens were read in another context.
+        Args:
+            spans: The spans, in prompt order.
+            capacity: Minimum number of rows.
+            resident: A buffer to take over. The result uses it, including the query tokens it holds after the spans.
+            in_place: Ids of documents whose spans are prefilled in place if everything before them is exact, even if
+                the store has the same tokens in another context.
+            query: The token ids that follow the spans.
         """
         if resident is not None and resident.cache.recurrent:
-            resident = None  # a recurrent state cannot go back to where an earlier prompt ended
+            resident = None  # a recurrent state cannot be rewound
         if resident is not None:
             resident.cache.length = len(resident.token_ids)
             resident.cache.reserve(capacity)
         cache = resident.cache if resident is not None else self._model.new_cache(capacity)
+        cache.cancellation = cancellation
         cache.length = 0
         stitched = Stitched(cache)
         context = Context()
         rest = list(spans)
         while rest:
-            if resident is not None and not resident.covers(cache.length, rest[0]):
-                resident = None  # what it holds further on was read behind other tokens
-            placed = self._place_exact(stitched, context, rest, resident is not None, in_place)
+            held = 0 if resident is None else resident.shared(rest[0].token_ids, cache.length)
+            if held < len(rest[0]):
+                resident = None  # its remaining rows were computed in another context
+            placed = self._place_exact(stitched, context, rest, held, in_place)
             if not placed:
                 break
             del rest[:placed]
@@ -165,21 +191,25 @@ class Composer:
         if rest:
             self._place_approximate(stitched, context, rest)
         elif resident is not None:
-            # The last token of the query is left to be read: its output is the first token of the answer.
-            pairs = zip(resident.token_ids[cache.length :], query[:-1], strict=False)
-            stitched.known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            # The last token of the query always runs through the model: its output is the first token of the answer.
+            stitched.known = resident.shared(query[:-1], cache.length)
             cache.length += stitched.known
         cache.load_ahead()
         return stitched
 
     def _place_exact(
-        self, stitched: Stitched, context: Context, spans: Sequence[Span], resident: bool, in_place: str | None
+        self, stitched: Stitched, context: Context, spans: Sequence[Span], held: int, in_place: frozenset[str]
     ) -> int:
-        """Place the first of `spans` exactly, from the resident buffer, the store, or by reading it, then together with
-        what is cold behind it; how many were placed, 0 if the first is approximate."""
+        """Place the first of `spans` exactly, from the resident buffer, from the store, or by prefilling it.
+
+        A prefill also covers the following spans that need one. Returns the number of spans placed, 0 if the first one
+        is approximate.
+
+        held: how many of the first span's tokens the buffer holds already.
+        """
         cache, span, start = stitched.cache, spans[0], stitched.cache.length
         key = self.key(context, span)
-        if resident:
+        if held == len(span):
             cache.length = start + len(span)
             if not self._store.contains(key):
                 stitched.unsaved.append(cache.entry(key, span.token_ids, start, context.spans))
@@ -190,12 +220,14 @@ class Composer:
             return 0
         else:
             run = [span] if cache.recurrent else self._cold_run(context, spans, in_place)
-            self._model.append([token for item in run for token in item.token_ids], cache)
+            cache.length = start + held
+            self._model.append([token for item in run for token in item.token_ids][held:], cache)
             for item in run:
                 read = cache.entry(self.key(context, item), item.token_ids, start, context.spans)
                 stitched.unsaved.append(read)
-                stitched.placed.append(Placed(item, start, "computed"))
-                stitched.forwarded += len(item)
+                stitched.placed.append(Placed(item, start, "computed", held))
+                stitched.forwarded += len(item) - held
+                held = 0
                 context.extend(item.token_ids, item.digest)
                 start += len(item)
             return len(run)
@@ -203,22 +235,23 @@ class Composer:
         context.extend(span.token_ids, span.digest)
         return 1
 
-    def _cold_run(self, context: Context, spans: Sequence[Span], in_place: str | None) -> list[Span]:
-        """The first of `spans`, which is to be read, and those behind it that are to be read as well. Not for models
-        with recurrent layers, whose state is known at the end of a forward only."""
+    def _cold_run(self, context: Context, spans: Sequence[Span], in_place: frozenset[str]) -> list[Span]:
+        """The first of `spans`, which needs a prefill, and the spans directly after it that need one as well.
+
+        Not for models with recurrent layers: their state is known only at the end of a forward pass.
+        """
         context, run = context.copy(), [spans[0]]
         for span in spans[1:]:
             context.extend(run[-1].token_ids, run[-1].digest)
-            # Looked for, and not only listed: a damaged entry is removed by that.
+            # `get`, not `contains`: it removes a damaged entry.
             if self._store.get(self.key(context, span)) is not None or not self._is_to_be_read(span, in_place):
                 break
             run.append(span)
         return run
 
-    def _is_to_be_read(self, span: Span, in_place: str | None) -> bool:
-        """Whether `span` is read in place, if all before it is exact."""
-        anew = in_place is not None and span.document == in_place
-        return anew or not self._candidates(self.key(Context(), span))
+    def _is_to_be_read(self, span: Span, in_place: frozenset[str]) -> bool:
+        """Whether to prefill `span` in place, given that everything before it is exact."""
+        return span.document in in_place or not self._candidates(self.key(Context(), span))
 
     def _candidates(self, key: EntryKey) -> list[EntryInfo]:
         return self._store.find(key) if self._model.blendable else []
@@ -247,12 +280,14 @@ class Composer:
         cache.length = start
 
     def _is_cold(self, span: Span, document: str | None) -> bool:
-        """Whether `span` continues a run of unread chunks of that document."""
+        """Whether `span` belongs to `document` and has no entry that can be used."""
         return span.document == document and not self._candidates(self.key(Context(), span))
 
     def _best(self, span: Span, before: tuple[str, ...]) -> KVEntry | None:
-        """The entry of `span` whose context is closest to `before`: the longest run of the same spans before
-        it, then the most alike prefix, then the shortest context."""
+        """The entry of `span` whose context is closest to `before`.
+
+        Prefers the longest run of equal spans directly before it, then the same first span, then the shortest context.
+        """
         infos = self._store.find(self.key(Context(), span))
 
         def closeness(info: EntryInfo) -> tuple[int, bool, int]:
@@ -267,13 +302,13 @@ class Composer:
         return None
 
     def _read_behind_preamble(self, stitched: Stitched, spans: Sequence[Span]) -> list[KVEntry]:
-        """Read consecutive chunks of one document behind the preamble, restarting it when the window is full."""
+        """Prefill consecutive chunks of one document behind the preamble, starting over when the window is full."""
         read: list[KVEntry] = []
         pending = list(spans)
         while pending:
             room = self._model.window
             needed = len(self._preamble) + sum(len(span) for span in pending)
-            scratch = self.compose([self._preamble], min(room, needed))
+            scratch = self.compose([self._preamble], min(room, needed), cancellation=stitched.cache.cancellation)
             stitched.forwarded += scratch.forwarded
             stitched.unsaved += scratch.unsaved
             context = Context()
@@ -281,7 +316,7 @@ class Composer:
             if context.length + len(pending[0]) > room:
                 raise PromptTooLongError(
                     f"A chunk of {len(pending[0])} tokens is longer than the model's window of {room}. "
-                    "Give smaller chunks, or let kvmem split the text."
+                    "Use smaller chunks, or let kvmem split the text."
                 )
             fitting = sum(1 for end in accumulate(map(len, pending)) if context.length + end <= room)
             run, pending = pending[:fitting], pending[fitting:]

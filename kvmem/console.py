@@ -1,4 +1,4 @@
-"""What every command of `kvmem` shares: where it prints, what it calls its options, how it tells errors."""
+"""Shared parts of the `kvmem` commands: consoles, options and error output."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ out = Console()
 err = Console(stderr=True)
 
 Model = Annotated[str, typer.Option(envvar="KVMEM_MODEL", help="Hub id, directory, GGUF file or 'smollm2'.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's default.")]
 
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Errors are told in one line instead of a traceback, and loading shows no bars of its own."""
+    """Print a KVMemError as one line instead of a traceback, and hide transformers' progress bars."""
     from transformers.utils import logging as transformers_logging
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -36,7 +36,7 @@ def errors() -> Iterator[None]:
 
 
 def expand(path: Path) -> list[Path]:
-    """The documents in a directory, or the file itself."""
+    """The supported files in a directory, or the file itself."""
     if path.is_dir():
         return sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     return [path]

@@ -1,4 +1,4 @@
-"""Answers that are JSON of a given schema: tokens that would leave it are never drawn (by llguidance)."""
+"""Constrain answers to a JSON schema, with llguidance: tokens that would violate the schema are never sampled."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from kvmem.errors import InputError
+from kvmem.json_schema import Schema, narrow_for, property_names
 from kvmem.model import LanguageModel
-from kvmem.narrow import Schema, narrow_for, property_names
 
-# What ends something outside of strings, outermost first.
+# Tokens that close something, outermost first.
 _CLOSING = ("}", "]", '"')
 
 
 class JsonConstraint(LogitsProcessor):
-    """For one answer: leaves only tokens that continue JSON of `schema`, and its end once the JSON is complete.
+    """Masks, for one answer, all tokens that do not continue valid JSON under `schema`.
 
-    Raises InputError when llguidance is not installed, knows the tokenizer's kind not, or rejects the schema.
+    Raises InputError if llguidance is not installed, does not support this tokenizer type, or rejects the schema.
     """
 
     def __init__(self, model: LanguageModel, schema: Schema, max_tokens: int) -> None:
         try:
             from llguidance import LLMatcher
         except ImportError as error:
-            raise InputError("Answers in JSON need llguidance: pip install 'kvmem[structured]'.") from error
-        # One space after a colon is how models were trained to write JSON; free white space lets small ones ramble.
+            raise InputError("JSON answers need llguidance: pip install 'kvmem[structured]'.") from error
+        # Models are trained on JSON with one space after a colon; with free whitespace, small models ramble.
         options: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         try:
             narrowed = json.dumps(narrow_for(model, schema, max_tokens))
             grammar = LLMatcher.grammar_from_json_schema(narrowed, overrides=options)
         except (TypeError, ValueError) as error:
-            raise InputError(f"The schema is not one: {error}. Give a JSON schema.") from error
+            raise InputError(f"The schema is not valid: {error}. Give a JSON schema.") from error
         self._matcher = LLMatcher(model.grammar_tokenizer, grammar)
         self._check()
         self._read = -1
@@ -48,7 +48,7 @@ class JsonConstraint(LogitsProcessor):
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise InputError(f"The schema cannot be followed: {self._matcher.get_error()}. Give a JSON schema.")
+            raise InputError(f"The schema is not supported: {self._matcher.get_error()}. Give a valid JSON schema.")
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._read < 0:
@@ -68,7 +68,7 @@ class JsonConstraint(LogitsProcessor):
         return scores.masked_fill(~allowed.to(scores.device), float("-inf"))
 
     def _is_time_to_close(self) -> bool:
-        """Whether what is left of the answer is just enough for the names not written yet, and marks around them."""
+        """Whether the remaining tokens are just enough for the missing property names and the closing marks."""
         left = self._max_tokens - len(self._written)
         text = str(self._model.tokenizer.decode(self._written))
         missing = [name for name in dict.fromkeys(self._names) if f'"{name}"' not in text]
@@ -77,7 +77,7 @@ class JsonConstraint(LogitsProcessor):
         return left <= skeleton + 3 * len(missing) + max(0, opened) + 4
 
     def _closing(self, allowed: Tensor) -> Tensor:
-        """Of the tokens allowed, the one that closes what is open; all of them where there is none."""
+        """Only the allowed token that closes what is open; all allowed tokens if none of them does."""
         if self._letter is not None and allowed[self._letter]:  # inside a string
             marks = [self._quote] if self._quote is not None else []
         else:

@@ -1,8 +1,8 @@
-"""The local correction: tokens that are not recomputed move along with recomputed ones near them.
+"""The local correction: moves tokens that are not recomputed along with the recomputed tokens near them.
 
-What changes in a chunk when it stands behind other text varies smoothly with position. The recomputed tokens
-are exact samples of that change; their neighbours are moved by a kernel-weighted mean of it, shrunk towards
-nothing far from any sample.
+The KV of a chunk changes when other text stands before it, and this change varies smoothly with position. The
+recomputed tokens are exact samples of it; their neighbours are moved by a kernel-weighted mean of the samples, which
+shrinks towards zero with the distance from any sample.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from kvmem.rope import Rope, Turn
 from kvmem.settings import BlendSettings
 
 _NEGLIGIBLE = 0.02
-# Products are of few shapes, whatever the chunks' lengths: for each that is new, the CPU's library generates code.
+# Shapes are rounded up to multiples of these, because the CPU library generates code for every new shape.
 _ROWS, _SAMPLES = 64, 16
 
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """Rows [start, end), and the samples from `first` on that move them.
+    """Rows [start, end), and the samples from index `first` on that move them.
 
-    weights: [rows, samples], with zeros beyond both up to round numbers.
+    weights: [rows, samples], zero-padded in both dimensions to multiples of `_ROWS` and `_SAMPLES`.
     """
 
     start: int
@@ -37,11 +37,13 @@ class _Block:
 
 
 class LocalCorrection:
-    """The correction for one forward.
+    """The correction for one forward pass.
 
-    selected: int64 [s], the recomputed positions, ascending; they are the forward's first s rows.
-    segments: the [start, end) of every approximate chunk, ascending.
-    dtype: of the model; what is added is no more precise than what it is added to.
+    Args:
+        selected: int64 [s], the recomputed positions, ascending; they are the first s rows of the pass.
+        segments: The range [start, end) of every approximate chunk, ascending.
+        settings: The blend settings.
+        dtype: The model's dtype; the correction is computed in it.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class LocalCorrection:
         self._turns: dict[int, tuple[Turn, list[Turn]]] = {}
 
     def apply(self, layer: BlendedLayer, new_keys: Tensor, new_values: Tensor) -> None:
-        """Move the rows between the samples. Layer 0 sees only the tokens themselves and needs nothing."""
+        """Move the rows between the samples. Layer 0 depends only on the tokens and needs no correction."""
         if layer.index == 0 or not self._blocks:
             return
         count = self._selected.numel()
@@ -65,11 +67,11 @@ class LocalCorrection:
         if turns is not None:
             moved_keys = turns[0].apply(moved_keys)
         group = layer.group
-        # One row per sample, all heads side by side: one product per chunk.
+        # One row per sample with all heads side by side, so that each chunk needs a single matrix product.
         moved = torch.cat([moved_keys, moved_values], dim=-1).to(layer.dtype).transpose(0, 1).reshape(count, -1)
         moved = F.pad(moved, (0, 0, 0, _SAMPLES))
         for number, block in enumerate(self._blocks):
-            # Chunk by chunk, what is added stays in the processor's cache.
+            # One chunk at a time keeps the added values in the CPU cache.
             rows = block.weights.mm(moved[block.first : block.first + block.weights.shape[1]])
             rows = rows[: block.end - block.start]
             added = rows.view(-1, group.kv_heads, group.key_dim + group.value_dim).transpose(0, 1)
@@ -81,7 +83,7 @@ class LocalCorrection:
             layer.values[0, :, block.start : block.end] += added[..., group.key_dim :]
 
     def _rotations(self, rope: Rope | None) -> tuple[Turn, list[Turn]] | None:
-        """Back from the samples' positions, and forward to each block's: RoPE is linear, differences rotate too."""
+        """The inverse rotation at the samples, and the rotation of each block. RoPE is linear."""
         if rope is None:
             return None
         if id(rope) not in self._turns:
@@ -93,7 +95,7 @@ class LocalCorrection:
 
 
 def _weigh(selected: Tensor, start: int, end: int, settings: BlendSettings, dtype: torch.dtype) -> _Block | None:
-    """The weights of one chunk's rows, or None when no sample lies in it."""
+    """The weights of one chunk's rows, or None if the chunk has no samples."""
     bounds = torch.tensor([start, end], device=selected.device)
     first, last = (int(i) for i in torch.searchsorted(selected, bounds))
     if first == last:

@@ -1,53 +1,66 @@
-"""KVMem: documents in, answers out. text -> Prompt -> Plan -> BlendedCache -> repair -> generate -> Answer."""
+"""KVMem: documents in, answers out. text -> Prompt -> Plan -> BlendedCache -> blend -> generate -> Answer."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvmem.answer import Answer, Prefill, Source
 from kvmem.any_model import AnyModel
-from kvmem.corpus import Corpus
-from kvmem.document import Document, Metadata, as_document, named_by_all
+from kvmem.cancellation import Cancellation
+from kvmem.collection import Collection
+from kvmem.corpus import Chunker, Corpora, DocumentFilter
+from kvmem.document import Chunk, Document, Metadata, as_document
 from kvmem.errors import InputError
-from kvmem.generate import Sampling
-from kvmem.library import Library
+from kvmem.library import Library, Progress
 from kvmem.model import LanguageModel
 from kvmem.opening import open_backend, open_model
+from kvmem.options import Blend, GenerateOptions, Sampling, as_sampling
 from kvmem.plan import Plan
 from kvmem.prompt import Message, Typesetter
-from kvmem.request import Context, Request, RequestBuilder, check_context, check_messages
+from kvmem.request import ContextTexts, Request, RequestBuilder, Scope, check_context, check_messages
 from kvmem.retrieve import BM25Retriever, Retriever
-from kvmem.settings import BlendSettings, Settings
+from kvmem.settings import BlendSettings, EngineOptions, Settings
 from kvmem.stats import Stats
 from kvmem.store.base import Store
 from kvmem.store.open import open_store
-from kvmem.stream import AnswerStream, Deadline, Listener
-from kvmem.thread import Threads, Turn, plain_message, recut
+from kvmem.stream import AnswerStream, Listener
+from kvmem.thread import Begun, Threads, Turn, check_name, plain_message, recut
 from kvmem.tools import Tool, Toolbox
 from kvmem.worker import Worker
 
 
 class KVMem:
-    """A language model that has read your documents.
+    """A language model that has read your documents. May be used from any thread; close it, or use it in `with`.
 
-    model: a hub id, a local directory, a GGUF file, "smollm2", a `LanguageModel`, a transformers model (then with
-        `tokenizer`), or the address of a vLLM server, `vllm://host:port/model`.
-    tokenizer: of a model object; of a model on a server, also by its directory or hub id.
-    store: a directory, a `Store`, or None to keep everything in memory only.
-    settings: a `Settings`; any of its fields may also be given by name, and those of `ModelSettings`, `StoreSettings`
-        and `RemoteSettings` too.
-    retriever: chooses chunks when they do not all fit; BM25 by default.
+    Args:
+        model: a hub id, a local directory, a GGUF file, "smollm2", a `LanguageModel`, a transformers model (then with
+            `tokenizer`), or the address of a vLLM server, `vllm://host:port/model`.
+        store: a directory, a `Store`, or None to keep everything in memory only.
+        tokenizer: of a model object; of a model on a server, also its directory or hub id.
+        settings: a `Settings`.
+        retriever: chooses chunks when they do not all fit; BM25 by default.
+        options: any field of `Settings`, `ModelSettings`, `StoreSettings` and `RemoteSettings` by name.
 
-    May be used from any thread; the model runs in one thread of its own. Close it, or use it in `with`.
-    Raises ModelNotFoundError, ModelError, RemoteError, StoreError, InputError.
+    Raises:
+        ModelNotFoundError: there is no such model.
+        ModelError: the model cannot be used.
+        RemoteError: the server cannot be reached or used.
+        StoreError: the store cannot be used.
+        InputError: an argument cannot be used.
+
+    Example:
+        ```python
+        with KVMem("smollm2", store="./kv") as mem:
+            mem.add("The lease begins on 1 April 2025.", id="lease")
+            print(mem.ask("When does the lease begin?", max_tokens=32).text)
+        ```
     """
 
     def __init__(
@@ -58,38 +71,44 @@ class KVMem:
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         settings: Settings | None = None,
         retriever: Retriever | None = None,
-        **overrides: Any,
+        **options: Unpack[EngineOptions],
     ) -> None:
-        self.settings = Settings.parse(settings, overrides)
-        self.model, self._owns_model = open_model(model, tokenizer, self.settings, overrides)
+        self.settings = Settings.parse(settings, options)
+        self.model, self._owns_model = open_model(model, tokenizer, self.settings, options)
         self._owns_store = store is None or isinstance(store, (str, os.PathLike))
         self.store = open_store(store, self.settings.storage)
         self.retriever: Retriever = retriever or BM25Retriever()
-        namespace = self.settings.namespace
+        namespace, database = self.settings.namespace, self.store.database
         typesetter = Typesetter(self.model)
-        self._corpus = Corpus(self.store, self.model, typesetter, namespace, self.settings.split)
-        self._backend = open_backend(self.model, self.store, namespace, typesetter)
+        self._typesetter = typesetter
+        chunker = Chunker(self.model, typesetter, self.settings.split)
+        self._corpora = Corpora(database, namespace, chunker)
+        self._backend = open_backend(self.model, self.store, self.settings, typesetter)
         self._requests = RequestBuilder(
             self.model,
-            self._corpus,
+            chunker,
             typesetter,
             self.retriever,
             self._backend.arrange,
             self.settings,
-            reorders=not isinstance(self.model, LanguageModel),
+            reorders=self._backend.reorders,
         )
         self._library = Library(
-            self.model.window, self.store, self._corpus, self._backend, self._requests, self.settings
+            self.model.window, self.store, self._corpora, chunker, self._backend, self._requests, self.settings
         )
-        self._threads = Threads(self.store.documents, namespace)
+        self._threads = Threads(database, namespace)
         self._worker = Worker(self.model)
+        self._documents = Collection(self, self._corpora.open(""), "", self._library, self._worker)
 
     @property
     def local_model(self) -> LanguageModel:
         """The model, if it runs in this process. Raises InputError."""
-        if not isinstance(self.model, LanguageModel):
-            raise InputError(f"{self.model.name} runs on a server, and this needs a model in this process.")
-        return self.model
+        return self._backend.local_model
+
+    @property
+    def limitation(self) -> str | None:
+        """Why caches are reused as exact prefixes only; None if they can be blended."""
+        return self._backend.limitation
 
     # Documents
 
@@ -99,95 +118,96 @@ class KVMem:
         id: str | None = None,  # noqa: A002
         metadata: Metadata | None = None,
         *,
-        cancelled: Callable[[], bool] | None = None,
+        read: bool = True,
+        cancellation: Cancellation | None = None,
     ) -> Document:
-        """Read a document and keep it; one of the same id is replaced, and only what changed is read.
-
-        document: a text, a `pathlib.Path` (text, Markdown, HTML, PDF), a `Document`, or a document of LangChain or
-            LlamaIndex.
-        cancelled: asked while it is read; once it is true, reading ends by a ClosedError.
-        Raises InputError, EmptyInputError, ClosedError; the corpus is unchanged then.
-        """
-        new = self._library.check(as_document(document, id, metadata))
-        return self._worker.read(lambda: self._library.add(new), cancelled)
+        """Read a document and keep it; see `Collection.add`."""
+        return self._documents.add(document, id, metadata, read=read, cancellation=cancellation)
 
     def add_all(
-        self, documents: Iterable[Any], progress: Callable[[Document, int, int], None] | None = None
+        self, documents: Iterable[Any], progress: Progress | None = None, *, read: bool = True
     ) -> Sequence[Document]:
-        """Add many documents, as `add` takes them. They are looked at before any is added.
-
-        progress: called with each document when it is there, its number from 1, and how many there are. What was added
-        before an interruption stays, and costs nothing when all are given again.
-        Raises InputError, EmptyInputError, also for two different documents of one id.
-        """
-        if isinstance(documents, (str, bytes, os.PathLike, Document)) or not isinstance(documents, Iterable):
-            raise InputError(f"documents is one {type(documents).__name__}. Give a list, or use add().")
-        found: dict[str, Document] = {}
-        for item in documents:
-            new = self._library.check(as_document(item))
-            if found.get(new.id, new) != new:
-                new = named_by_all(new)
-            if found.setdefault(new.id, new) != new:
-                raise InputError(f"Two different documents have the id {new.id!r}. Give each its own.")
-        added = []
-        for number, new in enumerate(found.values(), 1):
-            added.append(self._worker.read(partial(self._library.add, new)))
-            if progress is not None:
-                progress(added[-1], number, len(found))
-        return added
+        """Add many documents; see `Collection.add_all`."""
+        return self._documents.add_all(documents, progress, read=read)
 
     def update(self, id: str, document: Any, metadata: Metadata | None = None) -> Document:  # noqa: A002
-        """Replace a document that is there; only what changed is read. A text keeps the metadata unless some is given.
-        Raises UnknownDocumentError, InputError, EmptyInputError."""
-        if isinstance(document, str) and metadata is None:
-            metadata = self.get(id).metadata
-        new = self._library.check(as_document(document, id, metadata))
-        return self._worker.read(lambda: self._library.update(new))
+        """Replace a document that is there; see `Collection.update`."""
+        return self._documents.update(id, document, metadata)
 
     def get(self, id: str) -> Document:  # noqa: A002
         """The document. Raises UnknownDocumentError."""
-        self._worker.check_open()
-        return self._corpus.get(id)
+        return self._documents.get(id)
 
     def list(self) -> Sequence[Document]:
-        """All documents, in the order they were added."""
-        self._worker.check_open()
-        return tuple(self._corpus)
+        """All documents, in the order they were added; those of collections are not among them."""
+        return self._documents.list()
+
+    def split(self, text: str) -> tuple[str, ...]:
+        """The chunks that a text is cut into when it is added."""
+        return self._documents.split(text)
+
+    def chunks(self) -> Sequence[Chunk]:
+        """The chunks of all documents, in order."""
+        return self._documents.chunks()
 
     def remove(self, id: str) -> None:  # noqa: A002
         """Remove a document and every cache of text that no other document has. Raises UnknownDocumentError."""
-        self._worker.run(lambda: self._library.remove(id))
+        self._documents.remove(id)
+
+    def collection(self, name: str | None = None) -> Collection:
+        """Documents of their own, apart from the engine's.
+
+        Args:
+            name: keeps them in the store under this name, also after a restart. None keeps the documents in memory, for
+                as long as the collection is used; their caches are stored all the same.
+
+        Raises:
+            InputError: for an empty name.
+        """
+        if name is not None and (not isinstance(name, str) or not name):
+            raise InputError(f"name={name!r} cannot name a collection. Give a text that is not empty, or None.")
+        self._worker.check_open()
+        return Collection(self, self._corpora.open(name), name, self._library, self._worker)
+
+    def collections(self) -> Sequence[str]:
+        """The names of the collections that have documents."""
+        self._worker.check_open()
+        return self._corpora.names()
 
     def clear(self) -> None:
-        """Remove every document and every cache of this namespace."""
+        """Remove every document, those of collections too, and every cache of this namespace."""
         self._worker.run(self._library.clear)
 
     def stats(self) -> Stats:
-        """Counts of the corpus and of the store."""
+        """Counts of the documents and of the store."""
         self._worker.check_open()
-        return self._library.stats()
+        return self._library.stats(self._documents.corpus)
 
     def read(self, context: Iterable[Any]) -> None:
-        """Read texts or documents, as `ask` takes them for context, without adding them to the corpus: a later prompt
-        finds them read. Raises InputError, EmptyInputError, PromptTooLongError."""
+        """Read texts or documents, as `ask` takes them for context, without adding them: a later prompt finds them
+        read. Raises InputError, EmptyInputError, PromptTooLongError."""
         documents = [as_document(item) for item in check_context(context)]
-        self._worker.read(lambda: self._library.read(documents))
+        self._worker.run(lambda: self._library.read(documents, self._worker.closing))
 
     def forget_text(self, text: Any) -> None:
-        """Remove the caches of a text or document that is not of the corpus, as `read` left them."""
+        """Remove the caches of a text or document that was only read, unless a document has the same text."""
         document = as_document(text)
         self._worker.run(lambda: self._library.forget_text(document))
 
     def forget_user(self, namespace: str | None = None) -> int:
-        """Remove every byte of a namespace from the store: documents, memories, conversations and caches; how many
-        caches. None is this engine's own. What else is kept stays. Raises StoreError."""
+        """Remove every byte of a namespace from the store: documents, memories, conversations and caches.
+
+        Args:
+            namespace: the engine's own by default.
+
+        Returns:
+            How many cache entries were removed.
+
+        Raises:
+            StoreError: the store cannot be used.
+        """
         name = self.settings.namespace if namespace is None else namespace
-
-        def work() -> int:
-            self._threads.end_all()
-            return self._library.forget_namespace(name)
-
-        return self._worker.run(work)
+        return self._worker.run(lambda: self._library.forget_namespace(name))
 
     # Conversations
 
@@ -202,7 +222,7 @@ class KVMem:
         return self._threads.messages(thread)
 
     def forget_thread(self, thread: str) -> None:
-        """Remove a conversation and what is kept of it. Raises UnknownThreadError."""
+        """Remove a conversation and its caches. Raises UnknownThreadError."""
         self._worker.run(lambda: self._library.forget_spans(self._threads.remove(thread)))
 
     # Questions
@@ -211,100 +231,100 @@ class KVMem:
         self,
         question: str,
         *,
-        context: Context = None,
+        context: ContextTexts = None,
+        collection: Collection | str | None = None,
+        documents: DocumentFilter | None = None,
+        retriever: Retriever | None = None,
         system: str | None = None,
-        blend: BlendSettings | str | Mapping[str, Any] | None = None,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        stop: str | Sequence[str] | None = None,
-        seed: int | None = None,
-        timeout: float | None = None,
-        **generate_kwargs: Any,
+        **options: Unpack[GenerateOptions],
     ) -> Answer:
-        """Answer a question from the corpus, or from `context` when it is given.
+        """Answer a question from the documents.
 
-        context: texts or documents, as in `add`, whose caches are stored, and which are not added to the corpus; or
-            sources of the corpus, as `retrieve` and `answer.sources` have them.
-        system: another system prompt. blend: how stitched caches are repaired, see `BlendSettings`.
-        timeout: seconds from the call to the end of the answer. generate_kwargs: handed to transformers' `generate`.
-        Raises EmptyInputError, InputError, PromptTooLongError, AnswerTimeoutError.
+        Args:
+            question: the question.
+            context: texts or documents, as in `add`, to answer from instead; they are cached, and not added. Or
+                sources, as `retrieve` and `answer.sources` have them.
+            collection: answer from this collection instead of the engine's own documents.
+            documents: answer from these only: their ids, or a filter over their metadata such as
+                `{"tenant": "a", "year": {"$gte": 2024}}`.
+            retriever: chooses chunks when they do not all fit, instead of the engine's.
+            system: another system prompt.
+            options: see `GenerateOptions`.
+
+        Raises:
+            EmptyInputError: a text, the question or the documents are empty.
+            InputError: an argument cannot be used.
+            PromptTooLongError: the prompt does not fit the window.
+            UnknownDocumentError: there is no document with that id.
+            AnswerTimeoutError: the timeout passed.
+            ClosedError: the engine was closed or the work cancelled.
         """
-        stream = self.stream(
-            question,
-            context=context,
-            system=system,
-            blend=blend,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            stop=stop,
-            seed=seed,
-            timeout=timeout,
-            **generate_kwargs,
-        )
-        return stream.answer
+        scope = self._scope(context, collection, documents, retriever)
+        return self._ask(question, scope, system, options).answer
 
     def stream(
         self,
         question: str,
         *,
-        context: Context = None,
+        context: ContextTexts = None,
+        collection: Collection | str | None = None,
+        documents: DocumentFilter | None = None,
+        retriever: Retriever | None = None,
         system: str | None = None,
-        blend: BlendSettings | str | Mapping[str, Any] | None = None,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        stop: str | Sequence[str] | None = None,
-        seed: int | None = None,
-        timeout: float | None = None,
-        **generate_kwargs: Any,
+        **options: Unpack[GenerateOptions],
     ) -> AnswerStream:
         """Like `ask`, as an iterator of text pieces; its `.answer` is the whole answer."""
+        return self._ask(question, self._scope(context, collection, documents, retriever), system, options)
+
+    def _ask(self, question: str, scope: Scope, system: str | None, options: GenerateOptions) -> AnswerStream:
         started = time.perf_counter()
-        options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "stop": stop, "seed": seed}
-        sampling = self._sampling(options, generate_kwargs)
-        return self._start(
-            lambda: self._requests.for_question(started, question, context, system, sampling.max_tokens),
-            blend,
-            sampling,
-            timeout=timeout,
-        )
+        sampling = as_sampling(options, self.settings.max_tokens)
+
+        def build(cancellation: Cancellation) -> Request:
+            return self._requests.for_question(started, question, scope, system, sampling.max_tokens, cancellation)
+
+        return self._start(build, sampling, options)
 
     def batch(
         self,
-        questions: Sequence[str],
+        questions: Sequence[str | Sequence[Message]],
         *,
-        context: Context = None,
+        context: ContextTexts = None,
+        collection: Collection | str | None = None,
+        documents: DocumentFilter | None = None,
+        retriever: Retriever | None = None,
         system: str | None = None,
-        blend: BlendSettings | str | Mapping[str, Any] | None = None,
-        timeout: float | None = None,
-        **options: Any,
+        **options: Unpack[GenerateOptions],
     ) -> Sequence[Answer]:
-        """Answer several questions; those over the same documents are decoded together, behind one cache.
+        """Answer several questions, or continue several conversations (lists of messages).
 
-        What is repaired is chosen for the questions of such a group together. Answers are in the order of the
-        questions; sampled ones differ from those that `ask` would give. timeout: seconds for all of them, from when
-        they are begun. options: as in `ask`.
-        Raises what `ask` raises; bad input before any answer is begun.
+        Those whose prompts differ in the last part only are decoded together, behind one cache.
+
+        What is recomputed is chosen for the questions of such a group together. Answers are in the order of the
+        questions; sampled ones differ from those that `ask` would give. timeout is for all of them together.
+        Arguments and errors as in `ask`; bad input raises before any answer begins.
         """
         if isinstance(questions, str) or not isinstance(questions, Iterable):
-            raise InputError(f"questions is one {type(questions).__name__}. Give a list of questions.")
+            raise InputError(f"questions is a {type(questions).__name__}. Give a list of questions.")
         asked, kept = tuple(questions), None if context is None else tuple(check_context(context))
+        scope = self._scope(kept, collection, documents, retriever)
         started = time.perf_counter()
-        names = ("max_tokens", "temperature", "top_p", "stop", "seed")
-        sampling = self._sampling({name: options.pop(name, None) for name in names}, options)
-        settings = self._resolve(self._parse_blend(blend))
+        sampling = as_sampling(options, self.settings.max_tokens)
+        settings = self._backend.resolve(self._backend.parse_blend(options.get("blend")))
+
+        named = context is not None or collection is not None or documents is not None
+
+        def build(asked: str | Sequence[Message], stop: Cancellation) -> Request:
+            room = sampling.max_tokens
+            if isinstance(asked, str):
+                return self._requests.for_question(started, asked, scope, system, room, stop)
+            return self._requests.for_messages(started, asked, scope if named else None, room, None, stop)
 
         def work() -> Sequence[Answer]:
-            deadline = Deadline(timeout, lambda: self._worker.closed)
-            with deadline.limiting(self.model):
-                with self._worker.turn():
-                    requests = [
-                        self._requests.for_question(started, question, kept, system, sampling.max_tokens)
-                        for question in asked
-                    ]
-                return self._backend.answer_all(requests, settings, sampling, deadline)
+            cancellation = Cancellation(options.get("timeout"), self._worker.closing)
+            with self._worker.turn():
+                requests = [build(question, cancellation) for question in asked]
+            return self._backend.answer_all(requests, settings, sampling, cancellation)
 
         return self._worker.run(work)
 
@@ -312,195 +332,285 @@ class KVMem:
         self,
         messages: Sequence[Message],
         *,
-        context: Context = None,
+        context: ContextTexts = None,
+        collection: Collection | str | None = None,
+        documents: DocumentFilter | None = None,
+        retriever: Retriever | None = None,
         thread: str | None = None,
         tools: Sequence[Tool] | None = None,
         tool_choice: str = "auto",
-        **options: Any,
+        **options: Unpack[GenerateOptions],
     ) -> Answer:
         """Continue a conversation: `[{"role": "user", "content": "..."}]`, in the roles of the model's template.
 
-        Long texts in messages are cut and cached, so that what was seen before is not read again, wherever it stands.
-        context: texts or documents, as in `ask`, put at the end of the system message; without it, no documents.
-        thread: a name under which the conversation is kept, across restarts too: see `history`. Its next turn, or
-            another branch of it (a retry, an edited message), then reads nothing that was read or said before.
-        tools: functions the model may call, by JSON schema as in OpenAI's API; calls are in `answer.tool_calls`.
-        tool_choice: "auto", "none", "any" or a function's name; a forced call follows its schema token by token, and
-            so does every answer of a model whose template does not know tools.
-        options: as in `ask`, and `schema`, a JSON schema that the answer then keeps to, unless it is a call.
+        Long texts in messages are cut and cached, so that what was seen before is not computed again, wherever it
+        stands. The engine's system prompt, if it was set, is used unless the messages begin with one.
+
+        Args:
+            messages: the conversation, up to the message to answer.
+            context: as in `ask`, put at the end of the system message. Without context, collection and documents, no
+                documents are in the prompt.
+            collection: as in `ask`.
+            documents: as in `ask`.
+            retriever: as in `ask`.
+            thread: a name under which the conversation is kept, across restarts too: see `history`. Its next turn, or
+                another branch of it (a retry, an edited message), then reuses everything that was read or said before.
+            tools: functions the model may call, by JSON schema as in OpenAI's API; calls are in `answer.tool_calls`.
+            tool_choice: "auto", "none", "any" or a function's name; a forced call follows its schema token by token,
+                and so does every answer of a model whose template does not know tools.
+            options: see `GenerateOptions`. An answer follows `schema` unless it is a call.
+
         When the window is full, the oldest turns are left out, and `plan` says so.
-        Raises EmptyInputError, InputError, PromptTooLongError.
+
+        Raises:
+            EmptyInputError: a text, the question or the documents are empty.
+            InputError: an argument cannot be used.
+            PromptTooLongError: the prompt does not fit the window.
+            AnswerTimeoutError: the timeout passed.
+            ClosedError: the engine was closed or the work cancelled.
         """
-        stream = self.stream_chat(
-            messages, context=context, thread=thread, tools=tools, tool_choice=tool_choice, **options
-        )
-        return stream.answer
+        return self.stream_chat(
+            messages,
+            context=context,
+            collection=collection,
+            documents=documents,
+            retriever=retriever,
+            thread=thread,
+            tools=tools,
+            tool_choice=tool_choice,
+            **options,
+        ).answer
 
     def stream_chat(
         self,
         messages: Sequence[Message],
         *,
-        context: Context = None,
+        context: ContextTexts = None,
+        collection: Collection | str | None = None,
+        documents: DocumentFilter | None = None,
+        retriever: Retriever | None = None,
         thread: str | None = None,
         tools: Sequence[Tool] | None = None,
         tool_choice: str = "auto",
-        blend: BlendSettings | str | Mapping[str, Any] | None = None,
-        timeout: float | None = None,
-        **options: Any,
+        **options: Unpack[GenerateOptions],
     ) -> AnswerStream:
-        """Like `chat`, as an iterator of text pieces (calls of tools included, as the model writes them); its
-        `.answer` is the whole answer."""
+        """Like `chat`, as an iterator of text pieces (tool calls included, as the model writes them); its `.answer` is
+        the whole answer."""
         started = time.perf_counter()
         if not tools and tool_choice not in ("auto", "none"):
             raise InputError(f"tool_choice={tool_choice!r} needs tools. Give some.")
         toolbox = Toolbox(tuple(tools), tool_choice, self.model.knows_tools) if tools else None
+        named = collection is not None or documents is not None
+        scope = self._scope(context, collection, documents, retriever) if context is not None or named else None
         given = check_messages(messages)
-        conversation = None if thread is None else (thread, [plain_message(message) for message in given])
+        conversation = None if thread is None else (check_name(thread), [plain_message(message) for message in given])
         if toolbox is not None:
             given = toolbox.instruct(given, options.get("schema"))
             options["schema"] = toolbox.schema_with(options.get("schema"))
         for_template = toolbox.for_template if toolbox is not None else None
-        names = ("max_tokens", "temperature", "top_p", "stop", "seed", "schema")
-        named = {name: options.pop(name, None) for name in names}
-        sampling = self._sampling(named, options)
+        sampling = as_sampling(options, self.settings.max_tokens)
 
-        def build() -> Request:
-            return self._requests.for_messages(started, given, context, sampling.max_tokens, for_template)
+        def build(cancellation: Cancellation) -> Request:
+            room = sampling.max_tokens
+            return self._requests.for_messages(started, given, scope, room, for_template, cancellation)
 
-        return self._start(build, blend, sampling, toolbox, timeout, conversation)
+        return self._start(build, sampling, options, toolbox, conversation)
 
-    def complete(self, prompt: str | Sequence[int], **options: Any) -> Answer:
-        """Continue a prompt as it is, without the chat template; special tokens in a text are meant.
+    def complete(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Answer:
+        """Continue a prompt as it is, without the chat template; special tokens in a text are interpreted.
 
-        prompt: a text, or token ids. options: as in `ask`. What was read of an earlier prompt is not read again.
-        Raises EmptyInputError, InputError, PromptTooLongError.
+        Args:
+            prompt: a text, or token ids. What was computed for an earlier prompt is reused.
+            options: see `GenerateOptions`.
+
+        Raises:
+            EmptyInputError: a text, the question or the documents are empty.
+            InputError: an argument cannot be used.
+            PromptTooLongError: the prompt does not fit the window.
+            AnswerTimeoutError: the timeout passed.
+            ClosedError: the engine was closed or the work cancelled.
         """
         return self.stream_complete(prompt, **options).answer
 
-    def stream_complete(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        blend: BlendSettings | str | Mapping[str, Any] | None = None,
-        timeout: float | None = None,
-        **options: Any,
-    ) -> AnswerStream:
+    def stream_complete(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AnswerStream:
         """Like `complete`, as an iterator of text pieces; its `.answer` is the whole answer."""
         started = time.perf_counter()
-        names = ("max_tokens", "temperature", "top_p", "stop", "seed")
-        sampling = self._sampling({name: options.pop(name, None) for name in names}, options)
-        return self._start(
-            lambda: self._requests.for_raw(started, prompt, sampling.max_tokens), blend, sampling, timeout=timeout
-        )
+        sampling = as_sampling(options, self.settings.max_tokens)
 
-    def _sampling(self, options: Mapping[str, Any], extra: Mapping[str, Any]) -> Sampling:
-        stop, max_tokens = options["stop"], options["max_tokens"]
-        return Sampling(
-            max_tokens=self.settings.max_tokens if max_tokens is None else max_tokens,
-            temperature=options["temperature"] or 0.0,
-            top_p=options["top_p"],
-            stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
-            seed=options["seed"],
-            schema=options.get("schema"),
-            extra=extra,
-        )
+        def build(_: Cancellation) -> Request:
+            return self._requests.for_raw(started, prompt, sampling.max_tokens)
+
+        return self._start(build, sampling, options)
+
+    def stream_prompt(self, prompt: Request, **options: Unpack[GenerateOptions]) -> AnswerStream:
+        """Answer a prompt that `build_prompt` made, as an iterator of text pieces; its `.answer` is the whole answer.
+
+        Room for the answer was kept when the prompt was built: `max_tokens` must not be larger than it was then.
+        """
+        sampling = as_sampling(options, self.settings.max_tokens)
+        return self._start(lambda _: prompt, sampling, options)
+
+    def _scope(
+        self,
+        context: ContextTexts,
+        collection: Collection | str | None,
+        documents: DocumentFilter | None,
+        retriever: Retriever | None,
+    ) -> Scope:
+        if isinstance(collection, str):
+            collection = self.collection(collection)
+        if collection is not None and collection.mem is not self:
+            raise InputError("This collection belongs to another KVMem. Make one by this engine's collection().")
+        corpus = (self._documents if collection is None else collection).corpus
+        return Scope(corpus, documents, context, retriever)
 
     def _start(
         self,
-        build: Callable[[], Request],
-        blend: BlendSettings | str | Mapping[str, Any] | None,
+        build: Callable[[Cancellation], Request],
         sampling: Sampling,
+        options: GenerateOptions,
         toolbox: Toolbox | None = None,
-        timeout: float | None = None,
         conversation: tuple[str, Sequence[Message]] | None = None,
     ) -> AnswerStream:
         self._worker.check_open()
-        known = None if conversation is None else self._threads.branches(conversation[0], self.model.fingerprint)
-        if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
-            raise InputError(f"timeout={timeout!r} is no time. Give seconds, more than 0.")
-        parsed = self._parse_blend(blend)
+        parsed = self._backend.parse_blend(options.get("blend"))
 
-        def work(listener: Listener, settings: BlendSettings) -> Answer:
-            removals = 0 if conversation is None else self._threads.removals(conversation[0])
-            with self._worker.turn(), self.model.giving_up(listener.cancelled):
-                request = build()
-            if known is not None:
-                request = replace(request, prompt=recut(request.prompt, known))
+        def work(listener: Listener, cancellation: Cancellation, settings: BlendSettings) -> Answer:
+            with self._worker.turn():
+                request = build(cancellation)
+            begun = None
+            if conversation is not None:
+                begun = self._threads.begin(conversation[0], self.model.fingerprint)
+                request = replace(request, prompt=recut(request.prompt, begun.branches))
             listener.planned(request.plan, request.sources)
             turn = None
             try:
-                answer, turn = self._backend.answer(request, settings, sampling, listener, known is not None)
+                answer, turn = self._backend.answer(
+                    request, settings, sampling, listener, cancellation, begun is not None
+                )
             finally:
-                if conversation is not None and turn is None:
-                    # What was read of it is stored all the same, and goes with the conversation.
-                    left = Turn(None, request.prompt.said)
-                    self._threads.keep(conversation[0], self.model.fingerprint, left, removals)
+                if begun is not None and turn is None:
+                    # What was read of it is stored all the same, and is removed with the conversation.
+                    self._keep(begun, Turn(None, request.prompt.said))
+            if answer.finish_reason == "cancelled" and not cancellation.cancelled:
+                cancellation.check()
             if toolbox is not None:
                 text, calls = toolbox.read(answer.text)
                 answer = replace(answer, text=text, tool_calls=calls)
-            if conversation is not None and turn is not None:
-                thread, messages = conversation
-                self._threads.keep(thread, self.model.fingerprint, turn, removals, [*messages, answer.message])
+            if begun is not None and conversation is not None and turn is not None:
+                self._keep(begun, turn, [*conversation[1], answer.message])
             return answer
 
-        return self._worker.stream(work, timeout, lambda: self._resolve(parsed))
+        return self._worker.stream(work, options.get("timeout"), lambda: self._backend.resolve(parsed))
 
-    def retrieve(self, question: str, k: int) -> tuple[Source, ...]:
-        """The `k` most relevant chunks of the corpus, best first, as the retriever scores them; none that it finds
-        irrelevant. The model is not run."""
-        return self._worker.run(lambda: self._requests.retrieve(question, k))
+    def _keep(self, begun: Begun, turn: Turn, messages: Sequence[Message] | None = None) -> None:
+        """Write down a turn; if its conversation was removed meanwhile, its caches go, too."""
+        if not self._threads.keep(begun, self.model.fingerprint, turn, messages):
+            self._library.forget_spans({self.model.fingerprint: turn.spans})
+
+    def retrieve(
+        self,
+        question: str,
+        k: int,
+        *,
+        collection: Collection | str | None = None,
+        documents: DocumentFilter | None = None,
+        retriever: Retriever | None = None,
+    ) -> tuple[Source, ...]:
+        """The `k` most relevant chunks, best first, as the retriever scores them; irrelevant ones are left out.
+
+        The model is not run. Arguments and errors as in `ask`.
+        """
+        scope = self._scope(None, collection, documents, retriever)
+        return self._worker.run(lambda: self._requests.retrieve(question, k, scope))
 
     def plan(
         self,
         question: str,
         *,
-        context: Context = None,
+        context: ContextTexts = None,
+        collection: Collection | str | None = None,
+        documents: DocumentFilter | None = None,
+        retriever: Retriever | None = None,
         system: str | None = None,
         max_tokens: int | None = None,
     ) -> Plan:
         """What `ask` would put into the prompt, and why. The model is not run. Arguments and errors as in `ask`."""
         room = self.settings.max_tokens if max_tokens is None else max_tokens
-        return self._worker.run(lambda: self._requests.for_question(0.0, question, context, system, room).plan)
+        scope = self._scope(context, collection, documents, retriever)
+        return self._worker.run(lambda: self._requests.for_question(0.0, question, scope, system, room).plan)
+
+    def build_prompt(
+        self,
+        question: str | Sequence[Message],
+        *,
+        context: ContextTexts = None,
+        collection: Collection | str | None = None,
+        documents: DocumentFilter | None = None,
+        retriever: Retriever | None = None,
+        system: str | None = None,
+        search: str | None = None,
+        max_tokens: int | None = None,
+    ) -> Request:
+        """The prompt that `ask` (for a question) or `chat` (for messages) would run: its tokens, plan and sources.
+
+        The model is not run. Arguments and errors as there.
+
+        Args:
+            question: a question, or messages. Documents go to the end of the system message, or where
+                `kvmem.prompt.CONTEXT` stands in a message's content.
+            context: as in `ask`.
+            collection: as in `ask`.
+            documents: as in `ask`.
+            retriever: as in `ask`.
+            system: as in `ask`.
+            search: what chunks are scored for; the question, or the last message, by default.
+            max_tokens: room that is kept for the answer.
+        """
+        started = time.perf_counter()
+        room = self.settings.max_tokens if max_tokens is None else max_tokens
+        scope = self._scope(context, collection, documents, retriever)
+        if isinstance(question, str):
+            return self._worker.run(lambda: self._requests.for_question(started, question, scope, system, room))
+        named = context is not None or collection is not None or documents is not None
+        given = scope if named else None
+        return self._worker.run(
+            lambda: self._requests.for_messages(started, question, given, room, None, search=search)
+        )
 
     def prefill(
         self,
         question: str,
         *,
-        context: Context = None,
+        context: ContextTexts = None,
+        collection: Collection | str | None = None,
+        documents: DocumentFilter | None = None,
         system: str | None = None,
-        blend: BlendSettings | str | Mapping[str, Any] | None = None,
+        blend: Blend = None,
     ) -> Prefill:
-        """The stitched and repaired state for a question, without generating; compare it with `model(token_ids)`.
+        """The composed and blended state for a question, without generating; compare it with `model(token_ids)`.
 
         Arguments and errors as in `ask`.
         """
         started = time.perf_counter()
-        settings = self._resolve(self._parse_blend(blend))
+        settings = self._backend.resolve(self._backend.parse_blend(blend))
+        scope = self._scope(context, collection, documents, None)
 
         def work() -> Prefill:
-            request = self._requests.for_question(started, question, context, system, self.settings.max_tokens)
-            return self._backend.prefill(request, settings)
+            stop = self._worker.closing
+            request = self._requests.for_question(started, question, scope, system, self.settings.max_tokens, stop)
+            return self._backend.prefill(request, settings, stop)
 
-        return self._worker.read(work)
-
-    def _parse_blend(self, blend: BlendSettings | str | Mapping[str, Any] | None) -> BlendSettings:
-        if blend is not None and not isinstance(self.model, LanguageModel):
-            raise InputError(f"{self.model.name} reuses what prompts begin with, and repairs nothing. Leave blend out.")
-        return self.settings.blend if blend is None else BlendSettings.parse(blend)
-
-    def _resolve(self, parsed: BlendSettings) -> BlendSettings:
-        """With a number for "auto", which a check of the model may have to find first."""
-        if parsed.recompute != "auto" or not isinstance(self.model, LanguageModel):
-            return parsed
-        from kvmem.check import check, recall  # the check is written with KVMem
-
-        report = recall(self.model) or check(self.model)
-        return parsed.model_copy(update={"recompute": report.recompute if report.recompute is not None else 0.0})
+        return self._worker.run(work)
 
     # Lifetime
 
+    @property
+    def closed(self) -> bool:
+        return self._worker.closed
+
     def close(self) -> None:
-        """Cancel running answers and release the buffer, and the store unless it was handed in as an object.
+        """Cancel running answers and free the buffer, and the store unless it was handed in as an object.
 
         Calling it again does nothing.
         """
@@ -512,6 +622,16 @@ class KVMem:
             self.store.close()
         if self._owns_model:
             self.model.close()
+
+    def __copy__(self) -> KVMem:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVMem:
+        """The same engine: copies of a component share it."""
+        return self
+
+    def __reduce__(self) -> Any:
+        raise InputError("A KVMem cannot be pickled. Pickle what it was opened with, and open it again.")
 
     def __enter__(self) -> KVMem:
         return self

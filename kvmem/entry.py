@@ -1,4 +1,4 @@
-"""A cache entry: the KV of a span of tokens, given the context it was read in."""
+"""A cache entry: the KV of a span, computed in one context."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ FORMAT_VERSION = 1
 
 
 def digest_tokens(token_ids: Iterable[int]) -> str:
-    """The SHA-256 of token ids (as little-endian int32), in hexadecimal."""
+    """The hexadecimal SHA-256 of token ids, as little-endian int32."""
     return hashlib.sha256(np.fromiter(token_ids, dtype="<i4").tobytes()).hexdigest()
 
 
 class Context:
-    """The tokens before a span, as a running digest; `spans` are the digests of the spans it is made of."""
+    """The tokens before a span, as a running digest; `spans` holds the digests of the spans they form."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
@@ -44,7 +44,7 @@ class Context:
 
 @dataclass(frozen=True)
 class EntryKey:
-    """What an entry is found by. `context` and `tokens` are digests of token ids."""
+    """The lookup key of an entry. `context` and `tokens` are digests of token ids."""
 
     namespace: str
     fingerprint: str
@@ -53,28 +53,30 @@ class EntryKey:
 
     @cached_property
     def digest(self) -> str:
-        """One hexadecimal name for the key; it is also the entry's file name."""
+        """A hexadecimal digest of the key; also the entry's file name."""
         return _digest_fields(self.namespace, self.fingerprint, self.context, self.tokens)
 
     @cached_property
     def group(self) -> str:
-        """The same for every entry of these tokens, whatever their context."""
+        """A digest shared by all entries for these tokens, in any context."""
         return _digest_fields(self.namespace, self.fingerprint, self.tokens)
 
 
 def _digest_fields(*fields: str) -> str:
-    # Lengths are part of what is hashed, so that no two tuples of fields share one digest.
+    # The lengths are hashed too, so that different tuples of fields never produce the same bytes.
     blob = b"".join(len(raw).to_bytes(8, "big") + raw for raw in (field.encode() for field in fields))
     return hashlib.sha256(blob).hexdigest()
 
 
 @dataclass(frozen=True)
 class EntryInfo:
-    """An entry without its tensors.
+    """The description of an entry, without its tensors.
 
-    start: the number of tokens before the span when it was read, its first position.
-    spans: digests of the spans before it, first to last.
-    nbytes: bytes of its keys, values and states.
+    Attributes:
+        key: The entry's key.
+        start: Position of the span's first token, which is the number of tokens in its context.
+        spans: Digests of the spans in its context, first to last.
+        nbytes: Size of keys, values and states, in bytes.
     """
 
     key: EntryKey
@@ -85,13 +87,18 @@ class EntryInfo:
 
 @dataclass(frozen=True, eq=False)
 class KVEntry:
-    """The keys and values of a span of n tokens.
+    """The keys and values of a span of n tokens, computed in one context. Treat the tensors as read-only.
 
-    token_ids: n token ids.
-    keys, values: one tensor per layer group of the model (see `kvmem.model.LayerGroup`), of shape
-        [layers in the group, kv heads, n, head dim], in the model's dtype. Never written to.
-    states: of recurrent layers, what they remember after the span; see `BlendedCache.states`. Empty without them.
-    expires: `time.time` seconds after which the store that it comes from will not serve it, None for never.
+    Attributes:
+        key: The entry's key.
+        token_ids: The n token ids.
+        start: Position of the span's first token, which is the number of tokens in its context.
+        spans: Digests of the spans in its context, first to last.
+        keys: One tensor per layer group of the model (see `kvmem.cache.LayerGroup`), of shape
+            [layers in the group, kv heads, n, head dim], in the model's dtype.
+        values: Like `keys`.
+        states: States of the recurrent layers after the span (see `BlendedCache.states`); empty without such layers.
+        expires: Time (`time.time()` seconds) after which the store no longer returns the entry; None for never.
     """
 
     key: EntryKey

@@ -1,30 +1,30 @@
 """The exceptions of kvmem.
 
     KVMemError
-    ├── InputError               an argument cannot be used (also a ValueError)
+    ├── InputError               an argument is not valid (also a ValueError)
     │   ├── EmptyInputError      empty text, question or corpus
-    │   └── PromptTooLongError   does not fit the model's window, even after retrieval
+    │   └── PromptTooLongError   the prompt does not fit the model's window, even after retrieval
     ├── UnknownDocumentError     no document with that id (also a LookupError)
     ├── UnknownMemoryError       no memory with that id (also a LookupError)
-    ├── UnknownThreadError       no conversation of that name (also a LookupError)
+    ├── UnknownThreadError       no thread with that name (also a LookupError)
     ├── ModelError
     │   └── ModelNotFoundError   no such path, hub id or alias
-    ├── RemoteError              the server that runs the model cannot be reached, or broke off
-    │   └── RefusedError         it does not take a request (also an InputError)
-    ├── StoreError               the store directory cannot be used
-    ├── AnswerTimeoutError       no answer within the time given (also a TimeoutError)
-    └── ClosedError              the KVMem was closed
+    ├── RemoteError              the model server cannot be reached, dropped the connection, or lacks a feature
+    │   └── RefusedError         the model server rejected a request (also an InputError)
+    ├── StoreError               the store cannot be used
+    ├── AnswerTimeoutError       no answer within the timeout (also a TimeoutError)
+    └── ClosedError              the KVMem is closed
 
-Every message ends with what to do next.
+Every message says what to do next.
 """
 
 
 class KVMemError(Exception):
-    """Base class of every error raised on purpose by kvmem."""
+    """Base class of all errors that kvmem raises on purpose."""
 
 
 class InputError(KVMemError, ValueError):
-    """An argument cannot be used."""
+    """An argument is not valid."""
 
 
 class EmptyInputError(InputError):
@@ -44,7 +44,7 @@ class UnknownMemoryError(KVMemError, LookupError):
 
 
 class UnknownThreadError(KVMemError, LookupError):
-    """There is no conversation of that name in this namespace."""
+    """There is no thread with that name in this namespace."""
 
 
 class ModelError(KVMemError):
@@ -56,25 +56,25 @@ class ModelNotFoundError(ModelError):
 
 
 class RemoteError(KVMemError):
-    """The server that runs the model cannot be reached, broke off, or lacks what is needed."""
+    """The model server cannot be reached, dropped the connection, or lacks a required feature."""
 
 
 class RefusedError(InputError, RemoteError):
-    """The server that runs the model does not take a request."""
+    """The model server rejected a request."""
 
 
 class StoreError(KVMemError):
-    """The store directory cannot be used."""
+    """The store cannot be used."""
 
 
 class AnswerTimeoutError(KVMemError, TimeoutError):
-    """There was no answer within the time given."""
+    """There was no answer within the timeout."""
 
 
 class ClosedError(KVMemError):
-    """The object was closed."""
+    """The object is closed."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without its full stop, to be quoted in another message."""
+    """The first line of an error's message, without the final full stop, for use in another message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")

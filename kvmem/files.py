@@ -1,4 +1,4 @@
-"""Files as text: plain text and Markdown as they are, HTML and PDF by well-kept loaders."""
+"""Load files as text: plain text and Markdown unchanged, HTML and PDF converted with established libraries."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _MISSING = "Reading {path} needs {package}: pip install 'kvmem[files]'."
 
 
 def read_file(path: Path) -> tuple[str, dict[str, Any]]:
-    """The text of a file and what is known about it: `source`, and a `title` where the file has one.
+    """The text of a file and its metadata: `source`, and `title` if the file has one.
 
-    HTML becomes Markdown, so that its headings are kept; the pages of a PDF are joined by blank lines; every other file
-    is UTF-8 text. Raises InputError when it cannot be read, EmptyInputError for a PDF of images alone.
+    HTML is converted to Markdown, which keeps its headings; the pages of a PDF are joined by blank lines; any other
+    file is read as UTF-8. Raises InputError if it cannot be read, EmptyInputError for a PDF that has only images.
     """
     suffix = path.suffix.lower()
     if suffix == ".pdf":
@@ -34,7 +34,7 @@ def _read_text(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text: {error}. Give a text file.") from error
     if "\0" in text:
-        raise InputError(f"{path} holds binary data. Give a text file.")
+        raise InputError(f"{path} contains binary data. Give a text file.")
     return text
 
 
@@ -61,9 +61,9 @@ def _read_pdf(path: Path) -> tuple[str, str | None]:
         reader = pypdf.PdfReader(path)
         pages = [page.extract_text() for page in reader.pages]
         title = reader.metadata.title if reader.metadata is not None else None
-    except Exception as error:  # a parser of a hostile format raises anything
+    except Exception as error:  # a malformed PDF can make the parser raise any exception
         raise InputError(f"{path} cannot be read as PDF: {first_line(error)}. Give a text file.") from error
     text = "\n\n".join(page.strip() for page in pages if page.strip())
     if not text:
-        raise EmptyInputError(f"{path} holds no text, only images. Recognise its text (OCR) first.")
+        raise EmptyInputError(f"{path} contains only images, no text. Run text recognition (OCR) on it first.")
     return text, title

@@ -1,11 +1,11 @@
-"""Decoding by transformers' own `generate` on a filled buffer, token by token into a callback."""
+"""Decode with transformers' own `generate` on a filled buffer, and stream the text to a callback."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,79 +21,23 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvmem.answer import FinishReason
 from kvmem.cache import BlendedCache
+from kvmem.cancellation import NEVER, Cancellation
 from kvmem.constrain import JsonConstraint
-from kvmem.errors import InputError, KVMemError, first_line
+from kvmem.errors import InputError, KVMemError, ModelError, first_line
 from kvmem.model import LanguageModel
-from kvmem.narrow import Schema
-from kvmem.stream import Listener
-
-_RESERVED = {
-    "max_new_tokens": "Give max_tokens.",
-    "max_length": "Give max_tokens.",
-    "stop_strings": "Give stop.",
-    "do_sample": "Give a temperature above 0.",
-    "streamer": "Use stream().",
-    "num_beams": "One answer is decoded at a time, without beams.",
-    "num_return_sequences": "One answer is decoded at a time; ask again with another seed.",
-    "input_ids": "The prompt is made from the question.",
-    "attention_mask": "The prompt is made from the question.",
-    "past_key_values": "The cache is kvmem's own.",
-    "prefill_chunk_size": "The prompt is read by kvmem.",
-    "prompt_lookup_num_tokens": "Candidates are not checked here.",
-    "assistant_model": "Candidates are not checked here.",
-    "assistant_early_exit": "Candidates are not checked here.",
-    "use_cache": "The cache is kvmem's own.",
-    "cache_implementation": "The cache is kvmem's own.",
-    "generation_config": "Give its fields by name.",
-    "stopping_criteria": "Give stop, or close the stream.",
-}
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn, by the names of LangChain and of transformers.
-
-    temperature 0 is greedy. schema: a JSON schema that the answer keeps to. extra: more of
-    `transformers.GenerationConfig`, or arguments of `generate`.
-    """
-
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float | None = None
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-    schema: Schema | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.max_tokens, int) or self.max_tokens < 1:
-            raise InputError(f"max_tokens={self.max_tokens!r} leaves no room for an answer. Give 1 or more.")
-        if reserved := _RESERVED.keys() & self.extra.keys():
-            name = min(reserved)
-            raise InputError(f"{name} cannot be handed to generate here. {_RESERVED[name]}")
-        for name in ("temperature", "top_p"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                raise InputError(f"{name}={value!r} is not a number. Give one.")
-        if self.temperature < 0:
-            raise InputError(f"temperature={self.temperature} is below 0. Give 0 (greedy) or more.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p} is outside (0, 1].")
-        if any(not text for text in self.stop):
-            raise InputError("A stop string is empty. Leave it out, or give text.")
-
-    def options(self) -> dict[str, Any]:
-        options: dict[str, Any] = {"max_new_tokens": self.max_tokens, "do_sample": self.temperature > 0}
-        if self.temperature > 0:
-            options["temperature"] = self.temperature
-            if self.top_p is not None:
-                options["top_p"] = self.top_p
-        return options | dict(self.extra)
+from kvmem.options import Sampling
 
 
 @dataclass(frozen=True)
 class Generated:
-    """text: decoded, without special tokens and without the stop string. first_token: perf_counter seconds."""
+    """A decoded answer.
+
+    Attributes:
+        text: The text, without special tokens and without the stop string.
+        token_ids: The generated token ids.
+        finish_reason: Why decoding ended.
+        first_token: Time of the first token (`time.perf_counter()` seconds).
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -106,14 +50,20 @@ def generate(
     cache: BlendedCache,
     token_ids: Sequence[int],
     sampling: Sampling,
-    listener: Listener,
+    emit: Callable[[str], None],
+    cancellation: Cancellation = NEVER,
     first_forward: AbstractContextManager[None] | None = None,
 ) -> Generated:
-    """Continue `token_ids`, the first `cache.length` of which the cache holds; `listener` gets each new piece of text.
+    """Continue `token_ids`, whose first `cache.length` tokens are in `cache`; `emit` receives each piece of text.
 
-    first_forward: entered around generation; see `LanguageModel.first_forward`.
+    Cancelling raises before the first token; afterwards it ends the answer after the current token. `first_forward` is
+    a context that is open during generation; see `LanguageModel.first_forward`.
     """
-    streamer = _Streamer(model, sampling.stop, listener.text)
+
+    def began() -> None:
+        cache.cancellation = NEVER
+
+    streamer = _Streamer(model, sampling.stop, emit, began)
     prompt = torch.tensor([list(token_ids)], device=model.device)
     processors = []
     if sampling.schema is not None:
@@ -127,12 +77,12 @@ def generate(
             attention_mask=torch.ones_like(prompt),
             past_key_values=cache,
             streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([_Stop(streamer, listener, len(token_ids))]),
+            stopping_criteria=StoppingCriteriaList([_Stop(streamer, cancellation, len(token_ids))]),
         )
     reason: FinishReason = "length"
     if streamer.stopped or (streamer.token_ids and streamer.token_ids[-1] in ends(model, sampling)):
         reason = "stop"
-    elif listener.cancelled():
+    elif cancellation.stopped:
         reason = "cancelled"
     return Generated(streamer.text, tuple(streamer.token_ids), reason, streamer.first_token)
 
@@ -140,8 +90,8 @@ def generate(
 def call_generate(
     model: LanguageModel, sampling: Sampling, processors: Sequence[LogitsProcessor], **arguments: Any
 ) -> Tensor:
-    """transformers' `generate`, sampling as asked and as nothing else says. Returns token ids, int64 [batch, all]."""
-    options = sampling.options()
+    """Call transformers' `generate` with exactly these sampling options. Returns token ids, int64 [batch, all]."""
+    options = sampling.for_generate()
     if processors:
         options["logits_processor"] = LogitsProcessorList([*options.get("logits_processor", ()), *processors])
     with (
@@ -155,12 +105,23 @@ def call_generate(
             found: Tensor = model.hf.generate(**arguments, **options)
         except (KVMemError, torch.OutOfMemoryError):
             raise
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise InputError(
-                f"transformers' generate does not take these arguments: {first_line(error)}. "
-                f"Given were {dict(sampling.extra)!r}."
-            ) from error
+        except (ValueError, TypeError) as error:
+            if sampling.extra:
+                raise InputError(
+                    f"transformers' generate rejected its arguments: {first_line(error)}. "
+                    f"Check the extra arguments: {dict(sampling.extra)!r}."
+                ) from error
+            raise _failed(error) from error
+        except RuntimeError as error:
+            raise _failed(error) from error
     return found
+
+
+def _failed(error: Exception) -> ModelError:
+    return ModelError(
+        f"The model failed while generating: {type(error).__name__}: {first_line(error)}. "
+        "The question and its arguments were not the reason; see the exception that caused this one."
+    )
 
 
 def ends(model: LanguageModel, sampling: Sampling) -> list[int]:
@@ -171,7 +132,7 @@ def ends(model: LanguageModel, sampling: Sampling) -> list[int]:
 
 @contextmanager
 def _own_defaults(model: LanguageModel, config: GenerationConfig) -> Iterator[None]:
-    """Sampling defaults of the checkpoint (a repetition penalty, top_k) do not change what a caller asked for."""
+    """Hide the checkpoint's sampling defaults (repetition penalty, top_k), which would change the caller's options."""
     before = model.hf.generation_config
     model.hf.generation_config = config
     try:
@@ -181,7 +142,7 @@ def _own_defaults(model: LanguageModel, config: GenerationConfig) -> Iterator[No
 
 
 def _ends(model: LanguageModel) -> dict[str, Any]:
-    """Where the model's own answers end."""
+    """The model's own end, padding and start tokens, as options for `generate`."""
     base = model.hf.generation_config
     end = base.eos_token_id if base.eos_token_id is not None else model.tokenizer.eos_token_id
     pad = base.pad_token_id if base.pad_token_id is not None else model.tokenizer.pad_token_id
@@ -191,16 +152,18 @@ def _ends(model: LanguageModel) -> dict[str, Any]:
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[bool, str]:
-    """Whether a stop string is in `text`, and the text before the first."""
+    """Whether `text` contains a stop string, and the text before the first one."""
     hits = [text.find(string) for string in stop if string in text]
     return bool(hits), text[: min(hits)] if hits else text
 
 
 class _Streamer(BaseStreamer):
-    """Decodes as tokens come. Text that may yet turn out to begin a stop string is held back."""
+    """Decodes tokens as they arrive. Holds back text that may be the beginning of a stop string."""
 
-    def __init__(self, model: LanguageModel, stop: tuple[str, ...], emit: Callable[[str], None]) -> None:
-        self._decode, self._began = model.tokenizer.decode, model.begin_answer
+    def __init__(
+        self, model: LanguageModel, stop: tuple[str, ...], emit: Callable[[str], None], began: Callable[[], None]
+    ) -> None:
+        self._decode, self._began = model.tokenizer.decode, began
         self._stop, self._emit = stop, emit
         self._prompt_is_next = True
         self._sent = 0
@@ -225,7 +188,7 @@ class _Streamer(BaseStreamer):
             self._advance(final=True)
 
     def ends(self, token_ids: list[int]) -> bool:
-        """Whether there is a stop string in these tokens."""
+        """Whether these tokens contain a stop string."""
         return bool(self._stop) and cut_at_stop(str(self._decode(token_ids, skip_special_tokens=True)), self._stop)[0]
 
     def _advance(self, final: bool) -> None:
@@ -238,7 +201,7 @@ class _Streamer(BaseStreamer):
         self.text = text
 
     def _held_back(self, text: str) -> int:
-        """Characters at the end that may still change (half a UTF-8 character) or begin a stop string."""
+        """Number of final characters that may still change (incomplete UTF-8) or may begin a stop string."""
         held = len(text) - len(text.rstrip("\ufffd"))
         for stop in self._stop:
             for size in range(min(len(stop) - 1, len(text)), held, -1):
@@ -249,11 +212,11 @@ class _Streamer(BaseStreamer):
 
 
 class _Stop(StoppingCriteria):
-    """Ends generation at a stop string or when nobody listens any more. It is asked before the streamer is told."""
+    """Ends generation at a stop string or on cancellation. transformers calls it before the streamer."""
 
-    def __init__(self, streamer: _Streamer, listener: Listener, prompt: int) -> None:
-        self._streamer, self._listener, self._prompt = streamer, listener, prompt
+    def __init__(self, streamer: _Streamer, cancellation: Cancellation, prompt: int) -> None:
+        self._streamer, self._cancellation, self._prompt = streamer, cancellation, prompt
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        done = self._streamer.ends(input_ids[0, self._prompt :].tolist()) or self._listener.cancelled()
+        done = self._streamer.ends(input_ids[0, self._prompt :].tolist()) or self._cancellation.stopped
         return torch.full((input_ids.shape[0],), done, dtype=torch.bool, device=input_ids.device)

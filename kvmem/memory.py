@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,9 +12,12 @@ from uuid import uuid4
 from kvmem.document import Chunk, Document, Metadata, as_document
 from kvmem.engine import KVMem
 from kvmem.errors import InputError, UnknownMemoryError
+from kvmem.filters import check_filter, matches
 from kvmem.retrieve import BM25Retriever
+from kvmem.store.records import Record
 
 _HOUR = 3600.0
+_KIND = "memory:"
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,9 @@ class Memory:
             raise InputError(f"decay={decay!r} is outside (0, 1].")
         self.mem, self.space = mem, space
         self._decay, self._clock = decay, clock
-        self._rows = mem.store.documents
+        self._database = mem.store.database
+        self._records = self._database.records(mem.settings.namespace, f"{_KIND}{space}")
         self._words = BM25Retriever()
-
-    def _name(self, identity: str) -> str:
-        return "memory:" + json.dumps([self.mem.settings.namespace, self.space, identity])
 
     def remember(
         self,
@@ -75,10 +75,12 @@ class Memory:
         """Keep a text, and read it once. One of the same id is replaced. Raises InputError, EmptyInputError."""
         document = as_document(text, id or uuid4().hex, metadata)
         now = self._clock()
-        old = self.find(document.id)
-        created = now if old is None else old.created
-        item = MemoryItem(document.id, document.text, document.metadata, importance, pinned, created, now)
-        return self._write(item, old)
+
+        def change(old: MemoryItem | None) -> MemoryItem:
+            created = now if old is None else old.created
+            return MemoryItem(document.id, document.text, document.metadata, importance, pinned, created, now)
+
+        return self._write(document.id, change)
 
     def update(
         self,
@@ -90,61 +92,77 @@ class Memory:
         pinned: bool | None = None,
     ) -> MemoryItem:
         """Change what is given of a memory. Raises UnknownMemoryError, InputError, EmptyInputError."""
-        old = self.get(id)
         given: dict[str, Any] = {"importance": importance, "pinned": pinned}
-        changed = replace(old, **{name: value for name, value in given.items() if value is not None})
-        document = as_document(old.text if text is None else text, id, old.metadata if metadata is None else metadata)
-        item = replace(changed, text=document.text, metadata=document.metadata, updated=self._clock())
-        return self._write(item, old)
+        given = {name: value for name, value in given.items() if value is not None}
 
-    def _write(self, item: MemoryItem, old: MemoryItem | None) -> MemoryItem:
-        if isinstance(item.importance, bool) or not isinstance(item.importance, (int, float)):
-            raise InputError(f"importance={item.importance!r} is not a number. Give one in [0, 1].")
-        if not 0 <= item.importance <= 1:
-            raise InputError(f"importance={item.importance} is outside [0, 1].")
-        self.mem.read([_document(item)])
-        self._rows[self._name(item.id)] = json.dumps({**vars(item), "metadata": dict(item.metadata)})
+        def change(old: MemoryItem | None) -> MemoryItem:
+            if old is None:
+                raise self._unknown(id)
+            content = as_document(
+                old.text if text is None else text, id, old.metadata if metadata is None else metadata
+            )
+            return replace(old, text=content.text, metadata=content.metadata, updated=self._clock(), **given)
+
+        return self._write(id, change)
+
+    def _write(self, id: str, change: Callable[[MemoryItem | None], MemoryItem]) -> MemoryItem:  # noqa: A002
+        """Write a memory as `change` makes it from the one that is there, in one transaction; nothing is lost when
+        several processes change one memory."""
+        self.mem.read([_document(_checked(change(self.find(id))))])
+        with self._database.transaction():
+            old = self.find(id)
+            item = _checked(change(old))
+            self._records.put(id, {**vars(item), "metadata": dict(item.metadata)})
         if old is not None and _document(old) != _document(item):
-            self._release(old)
+            self._release([old])
         return item
 
-    def _release(self, old: MemoryItem) -> None:
-        """Remove the caches of what is no memory any more, unless another memory reads the same, in whatever space."""
-        start = "memory:" + json.dumps([self.mem.settings.namespace])[:-1] + ","
-        others = (MemoryItem(**json.loads(raw)) for name, raw in self._rows.items() if name.startswith(start))
-        same = (old.text, old.metadata.get("title"))
-        if all((item.text, item.metadata.get("title")) != same for item in others):
-            self.mem.forget_text(_document(old))
+    def _release(self, gone: Sequence[MemoryItem]) -> None:
+        """Remove the caches of texts that no memory of any space has any more."""
+        namespace = self.mem.settings.namespace
+        kept = {
+            (record.value["text"], record.value["metadata"].get("title"))
+            for kind in self._database.kinds(namespace, _KIND)
+            for record in self._database.records(namespace, kind).scan()
+        }
+        for item in gone:
+            if (item.text, item.metadata.get("title")) not in kept:
+                self.mem.forget_text(_document(item))
 
     def get(self, id: str) -> MemoryItem:  # noqa: A002
         """Raises UnknownMemoryError."""
         item = self.find(id)
         if item is None:
-            raise UnknownMemoryError(f"There is no memory {id!r} in space {self.space!r}. list() names them.")
+            raise self._unknown(id)
         return item
+
+    def _unknown(self, id: str) -> UnknownMemoryError:  # noqa: A002
+        return UnknownMemoryError(f"There is no memory {id!r} in space {self.space!r}. list() names them.")
 
     def find(self, id: str) -> MemoryItem | None:  # noqa: A002
         """The memory, or None."""
-        raw = self._rows.get(self._name(id))
-        return None if raw is None else MemoryItem(**json.loads(raw))
+        record = self._records.get(id)
+        return None if record is None else _item(record)
 
     def list(self) -> Sequence[MemoryItem]:
         """All, oldest first."""
-        start = self._name("")[: -len('""]')]
-        items = [MemoryItem(**json.loads(raw)) for name, raw in self._rows.items() if name.startswith(start)]
+        items = [_item(record) for record in self._records.scan()]
         return sorted(items, key=lambda item: (item.created, item.id))
 
     def forget(self, id: str) -> None:  # noqa: A002
         """Remove a memory, and its caches if no document or other memory needs them. Conversations it was part of keep
         what was in their prompts: see `KVMem.forget_thread`. Raises UnknownMemoryError."""
-        item = self.get(id)
-        del self._rows[self._name(id)]
-        self._release(item)
+        with self._database.transaction():
+            item = self.get(id)
+            self._records.delete(id)
+        self._release([item])
 
     def clear(self) -> None:
         """Forget everything in this space."""
-        for item in self.list():
-            self.forget(item.id)
+        with self._database.transaction():
+            items = self.list()
+            self._records.clear()
+        self._release(items)
 
     def recall(
         self,
@@ -159,18 +177,15 @@ class Memory:
 
         The score is the mean of relevance (BM25, the best memory's being 1), importance, and recency (decay to the
         power of the hours since it was last changed), as in Generative Agents (Park et al., UIST 2023).
-        where: values that a memory's metadata must have. minimum: of the relevance, in [0, 1]. without: ids to leave
-        out.
+        where: a filter over metadata, as `documents=` of `KVMem.ask`. minimum: of the relevance, in [0, 1].
+        without: ids to leave out.
         Raises InputError.
         """
         if k < 0:
             raise InputError(f"k={k} is below 0.")
         wanted = dict(where or {})
-        items = [
-            item
-            for item in self.list()
-            if item.id not in without and all(item.metadata.get(name) == value for name, value in wanted.items())
-        ]
+        check_filter(wanted)
+        items = [item for item in self.list() if item.id not in without and matches(item.metadata, wanted)]
         chunks = [Chunk(item.text, item.id, 0, item.metadata) for item in items]
         relevance = self._words.score(query, chunks) if query.strip() else [0.0] * len(items)
         best = max(relevance, default=0.0) or 1.0
@@ -195,3 +210,16 @@ class Memory:
 def _document(item: MemoryItem) -> Document:
     """A memory is one chunk."""
     return Document(f"memory/{item.id}", item.text, item.metadata, (item.text,))
+
+
+def _item(record: Record) -> MemoryItem:
+    return MemoryItem(**record.value)
+
+
+def _checked(item: MemoryItem) -> MemoryItem:
+    """Raises InputError."""
+    if isinstance(item.importance, bool) or not isinstance(item.importance, (int, float)):
+        raise InputError(f"importance must be a number in [0, 1], not {item.importance!r}.")
+    if not 0 <= item.importance <= 1:
+        raise InputError(f"importance must be in [0, 1], not {item.importance}.")
+    return item

@@ -1,19 +1,19 @@
-"""LanguageModel: a Hugging Face causal model, what its KV cache looks like, and how to run it over a buffer."""
+"""LanguageModel: a Hugging Face causal language model, the structure of its KV cache, and running it over a buffer."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -21,20 +21,41 @@ from transformers import (
 )
 
 from kvmem.anatomy import Anatomy, examine, length_dependent_rope
-from kvmem.any_model import AnyModel
+from kvmem.any_model import AnyModel, knows_tools
 from kvmem.attention import ATTENTION, DECODING, Step
 from kvmem.cache import BlendedCache, Correction
-from kvmem.entry import FORMAT_VERSION
 from kvmem.errors import InputError, ModelError, ModelNotFoundError, first_line
-from kvmem.locate import is_remote, locate
+from kvmem.fingerprint import Fingerprint
+from kvmem.locate import is_remote, locate, locate_config
 from kvmem.pack import can_pack, pack
 from kvmem.settings import ModelSettings
 
 
 class LanguageModel(AnyModel):
-    """A loaded causal model with its tokenizer, in this process.
+    """A causal language model and its tokenizer, loaded in this process.
 
-    hf: the transformers model in eval mode, unmodified, but that `load` packs weights (see `kvmem.pack`).
+    Args:
+        hf: The transformers model, on a single device. It is switched to eval mode.
+        tokenizer: The model's tokenizer.
+        name: Name for messages and answers; default: the model's own name or path.
+        settings: How the model runs; default: `ModelSettings()`.
+
+    Attributes:
+        hf: The transformers model. It is unmodified, except that `load` may pack its weights (see `kvmem.pack`).
+        settings: The model settings.
+
+    Raises:
+        InputError: `hf` or `tokenizer` is not a transformers object.
+        ModelError: The model is spread over several devices.
+
+    Example:
+        ```python
+        from kvmem import KVMem, LanguageModel, ModelSettings
+
+        model = LanguageModel.load("smollm2", ModelSettings(dtype="float32", threads=4))
+        print(model.window, model.blendable, model.bytes_per_token)
+        mem = KVMem(model, store="./kv")
+        ```
     """
 
     def __init__(
@@ -46,17 +67,18 @@ class LanguageModel(AnyModel):
     ) -> None:
         if not isinstance(hf, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise InputError(
-                f"A model and its tokenizer from transformers are needed, not {type(hf).__name__} and "
+                f"LanguageModel needs a transformers model and its tokenizer, not {type(hf).__name__} and "
                 f"{type(tokenizer).__name__}. Load them with AutoModelForCausalLM and AutoTokenizer."
             )
         places = {parameter.device for parameter in hf.parameters()}
         if len(places) > 1 or torch.device("meta") in places:
             raise ModelError(
-                f"The model lies on {len(places)} devices ({', '.join(sorted(map(str, places)))}); one is supported. "
+                f"The model must be on one real device, but its weights are on {', '.join(sorted(map(str, places)))}. "
                 "Load it on a single device, for example with device_map={'': 0}."
             )
         self.settings = settings or ModelSettings()
         self.hf: Any = hf.eval()
+        self._fingerprint = Fingerprint(self.hf, tokenizer)
         super().__init__(tokenizer, name or str(getattr(hf.config, "_name_or_path", "") or type(hf).__name__))
         configs: list[Any] = [m.config for m in hf.modules() if getattr(m, "config", None) is not None]
         self._configs: dict[int, Any] = {id(config): config for config in configs}
@@ -65,14 +87,24 @@ class LanguageModel(AnyModel):
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], settings: ModelSettings | None = None) -> LanguageModel:
-        """Load from an alias, a hub id, a local directory or a GGUF file.
+        """Load a model and its tokenizer.
 
-        Raises ModelNotFoundError when there is nothing there, ModelError when it cannot be loaded.
+        Args:
+            source: An alias such as "smollm2", a hub id, a local directory, or a GGUF file.
+            settings: How to load the model; default: `ModelSettings()`.
+
+        Returns:
+            The loaded model.
+
+        Raises:
+            InputError: `source` is a server address, or a setting is not valid.
+            ModelNotFoundError: There is no model at `source`.
+            ModelError: The model was found but cannot be loaded.
         """
         settings = settings or ModelSettings()
         name = os.fspath(source)
         if is_remote(name):
-            raise InputError(f"{name!r} runs on a server, and this needs a model in this process. Name a local one.")
+            raise InputError(f"{name!r} runs on a server, but this needs a model in this process. Give a local model.")
         directory = locate(name)
         options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
         if settings.revision is not None:
@@ -100,7 +132,7 @@ class LanguageModel(AnyModel):
             except (RuntimeError, AssertionError) as error:
                 raise ModelError(
                     f"{name!r} cannot be moved to device {settings.device!r}: {first_line(error)}. "
-                    "Give device='cpu', or one that torch sees."
+                    "Use device='cpu', or a device that torch can use."
                 ) from error
         model = cls(hf, tokenizer, name, settings)
         if settings.packed:
@@ -108,62 +140,40 @@ class LanguageModel(AnyModel):
         return model
 
     def pack(self) -> None:
-        """Bring weights into the layout that the processor's matrix kernels read, where there is one."""
+        """Pack the weights into the layout of the CPU's matrix kernels, if this CPU has one (see `kvmem.pack`)."""
         if can_pack():
-            _ = self.fingerprint  # reads the weights, which cannot be read afterwards
+            _ = self.fingerprint  # needs the weights, which are not readable once packed
             pack(self.hf)
+            self._fingerprint.pack()
 
     @property
     def device(self) -> torch.device:
+        """The device of the model."""
         return torch.device(self.hf.device)
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of weights and KV."""
         dtype: torch.dtype = self.hf.dtype
         return dtype
 
     @cached_property
     def window(self) -> int:
-        config = self.hf.config.get_text_config()
-        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
-        limit = next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 0)
-        if not limit:
-            raise ModelError(
-                f"The config of {self.name!r} does not say how long a prompt may be. Set max_position_embeddings in it."
-            )
-        if length_dependent_rope(self.hf):
-            # Beyond the original length all frequencies change, and with them every key read before.
-            rope = getattr(config, "rope_parameters", None) or {}
-            limit = min(limit, int(rope.get("original_max_position_embeddings") or limit))
-        return limit
+        """The maximum length of prompt and answer, in tokens."""
+        return window_of(self.hf.config, self.name)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """Identifies everything KV depends on: weights, config, tokenizer, chat template, dtype, format."""
-        weights = xxhash.xxh3_128()
-        for name, tensor in sorted(self.hf.state_dict().items()):
-            weights.update(name.encode())
-            weights.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
-        config = {
-            k: v
-            for k, v in self.hf.config.to_dict().items()
-            if k not in ("_name_or_path", "transformers_version", "architectures", "_attn_implementation")
-        }
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        vocabulary = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
-        parts = [
-            weights.hexdigest(),
-            json.dumps(config, sort_keys=True, default=str),
-            xxhash.xxh3_128_hexdigest(vocabulary.encode()),
-            str(self.tokenizer.chat_template),
-            str(self.dtype),
-            str(FORMAT_VERSION),
-        ]
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+        """A hash of everything KV depends on; see `kvmem.fingerprint.Fingerprint`."""
+        return self._fingerprint.value
+
+    def refresh(self) -> None:
+        """Notice changed weights and adapters."""
+        self._fingerprint.refresh()
 
     @cached_property
     def grammar_tokenizer(self) -> Any:
-        """The tokenizer as llguidance wants it. Raises InputError."""
+        """The tokenizer in llguidance's format. Raises InputError."""
         from llguidance.hf import from_tokenizer
 
         end = self.hf.generation_config.eos_token_id
@@ -173,19 +183,20 @@ class LanguageModel(AnyModel):
                 n_vocab=int(self.hf.config.get_text_config().vocab_size),
                 eos_token=end if end is not None else self.tokenizer.eos_token_id,
             )
-        except Exception as error:  # llguidance raises what its Rust side does
+        except Exception as error:  # llguidance passes on any error of its Rust code
             raise InputError(
-                f"The tokenizer of {self.name!r} cannot be used for answers in JSON: {first_line(error)}. "
-                "A fast tokenizer of a kind that llguidance knows is needed."
+                f"The tokenizer of {self.name!r} cannot be used for JSON answers: {first_line(error)}. "
+                "Use a model with a fast tokenizer that llguidance supports."
             ) from error
 
     @cached_property
     def anatomy(self) -> Anatomy:
-        """The layers' shapes, windows and rotations, found by running single tokens at several positions."""
-        return examine(self)
+        """The shapes, windows and rotations of the layers, found by running single tokens at several positions."""
+        return examine(self.hf, self.name, self.window, self.forward)
 
     @property
     def blendable(self) -> bool:
+        """Whether entries can be moved and blended. If not, `anatomy.reason` says why, and only exact reuse works."""
         return self.anatomy.blendable
 
     @property
@@ -200,18 +211,19 @@ class LanguageModel(AnyModel):
         return element * sum(group.elements_per_token for group in self.anatomy.groups)
 
     def new_cache(self, capacity: int) -> BlendedCache:
-        return BlendedCache(self.anatomy.groups, capacity, self.dtype, self.device, self.anatomy.recurrent, self.poll)
+        """An empty buffer with room for `capacity` tokens."""
+        return BlendedCache(self.anatomy.groups, capacity, self.dtype, self.device, self.anatomy.recurrent)
 
     def step(self, positions: Tensor) -> Step:
-        """A forward at `positions` (int64 [m], ascending) of which only the last token's output may be used."""
+        """A forward pass at `positions` (int64 [m], ascending). Only the last token's output of it is valid."""
         return Step(positions, self.settings.attention, final_layer=self.depth - 1)
 
     def forward(
         self, token_ids: Tensor, cache: BlendedCache, step: Step | None = None, correction: Correction | None = None
     ) -> None:
-        """Run `token_ids` (int64 [m]) over `cache`, mutating it.
+        """Run `token_ids` (int64 [m]) over `cache`, in place.
 
-        With a step, rows go to the step's positions; without one they are appended by the model's own attention.
+        With a step, the rows go to the step's positions; without one, they are appended with the model's own attention.
         """
         self._run(self.hf.base_model, token_ids, cache, step, correction)
 
@@ -247,7 +259,7 @@ class LanguageModel(AnyModel):
             )
 
     def append(self, token_ids: Sequence[int], cache: BlendedCache) -> None:
-        """Read `token_ids` at the end of `cache`, exactly given what is there."""
+        """Prefill `token_ids` at the end of `cache`; the result is exact if the cache is."""
         ids = torch.tensor(token_ids, dtype=torch.long)
         if not self.blendable:
             self.forward(ids, cache)
@@ -262,10 +274,10 @@ class LanguageModel(AnyModel):
     def first_forward(
         self, token_ids: Tensor, cache: BlendedCache, step: Step, correction: Correction | None
     ) -> Iterator[None]:
-        """While open, the next forward of `hf`, whoever makes it, runs `token_ids` over `cache` as `forward` would.
+        """While the context is open, replace the next forward pass of `hf` by one that runs `token_ids` over `cache`.
 
-        So the first forward of transformers' `generate` is one that had to be made anyway. The output is that call's;
-        afterwards `cache` ends behind the step's last position.
+        This turns the first pass of transformers' `generate` into the pass that blends and prefills the question.
+        Afterwards `cache` ends after the step's last position.
         """
         inside = ExitStack()
 
@@ -296,14 +308,14 @@ class LanguageModel(AnyModel):
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """While open, a token that is decoded on a CPU attends faster, if the model's attention is torch's own."""
+        """While the context is open, use the faster CPU attention for single tokens, if the model uses `sdpa`."""
         own = {config._attn_implementation for config in self._configs.values()}
         with self.attention(DECODING) if own == {"sdpa"} and self.device.type == "cpu" else nullcontext():
             yield
 
     @contextmanager
     def attention(self, name: str) -> Iterator[None]:
-        """While open, the model uses the attention registered by that name; a caller's calls see its own."""
+        """While the context is open, the model uses the attention registered as `name`; restored on exit."""
         before = [(config, config._attn_implementation) for config in self._configs.values()]
         for config, _ in before:
             config._attn_implementation = name
@@ -314,12 +326,73 @@ class LanguageModel(AnyModel):
                 config._attn_implementation = implementation
 
 
+def window_of(config: Any, name: str) -> int:
+    """The maximum length of prompt and answer, in tokens, by a model's config. Raises ModelError."""
+    config = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+    limit = next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 0)
+    if not limit:
+        raise ModelError(
+            f"The config of {name!r} does not give the maximum prompt length. "
+            "Set max_position_embeddings in its config."
+        )
+    if length_dependent_rope(config):
+        # Beyond the original length all frequencies change, which would invalidate every earlier key.
+        rope = getattr(config, "rope_parameters", None) or {}
+        limit = min(limit, int(rope.get("original_max_position_embeddings") or limit))
+    return limit
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What is known of a model without its weights.
+
+    Attributes:
+        window: the maximum length of prompt and answer, in tokens.
+        knows_tools: whether the chat template tells the model about tools.
+    """
+
+    window: int
+    knows_tools: bool
+
+
+def glance(source: str, settings: ModelSettings | None = None) -> Glance:
+    """Read the config and the tokenizer of a model that is on this machine, not its weights.
+
+    Raises ModelNotFoundError, ModelError.
+    """
+    settings = settings or ModelSettings()
+    directory, options = locate_config(source)
+    path = Path(directory, options.get("gguf_file", "config.json"))
+    # Reading a GGUF file takes seconds.
+    version = path.stat().st_mtime_ns if path.is_file() else 0
+    return _glance(source, directory, options.get("gguf_file"), version, settings.trust_remote_code, settings.revision)
+
+
+@lru_cache(maxsize=64)
+def _glance(
+    source: str, directory: str, gguf_file: str | None, version: int, trust_remote_code: bool, revision: str | None
+) -> Glance:
+    """version: of the file, so that a changed one is read again."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    options |= {"gguf_file": gguf_file} if gguf_file is not None else {}
+    options |= {"revision": revision} if revision is not None else {}
+    try:
+        config = AutoConfig.from_pretrained(directory, **options)
+        tokenizer = AutoTokenizer.from_pretrained(directory, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelNotFoundError(
+            f"No config and tokenizer could be loaded from {source!r}: {first_line(error)}. Check the name."
+        ) from error
+    return Glance(window_of(config, source), knows_tools(tokenizer))
+
+
 def _dtype(name: str) -> str | torch.dtype:
     if name == "auto":
         return "auto"
     dtype = getattr(torch, name, None)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise InputError(f"dtype={name!r} is not known. Use 'auto', 'bfloat16', 'float16' or 'float32'.")
+        raise InputError(f"dtype={name!r} is not supported. Use 'auto', 'bfloat16', 'float16' or 'float32'.")
     return dtype  # type: ignore[no-any-return]
 
 

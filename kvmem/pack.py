@@ -1,7 +1,7 @@
-"""Packing: the weights of linear layers in the layout that the CPU's matrix kernels read.
+"""Pack the weights of linear layers into the layout that the CPU's matrix kernels use.
 
-Plain weights are brought into that layout by every call anew, which counts where a call has few rows: those of a
-question, or of one decoded token.
+Without packing, every call converts the weights again, which is expensive for calls with few rows: a question or a
+single decoded token.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The rows that the layout is made for; it holds for any number.
+# The number of rows that the layout is optimised for; it works for any number.
 _ROWS = 64
 
 
@@ -25,7 +25,7 @@ class PackedLinear(nn.Linear):
 
 
 def can_pack() -> bool:
-    """Whether this torch and this processor have packed bfloat16 products."""
+    """Whether this torch build and this CPU support packed bfloat16 matrix products."""
     names = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
     return (
         torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -36,10 +36,10 @@ def can_pack() -> bool:
 
 @torch.no_grad()
 def pack(module: nn.Module) -> int:
-    """Pack every bfloat16 linear layer in `module` on the CPU, in place; how many there were.
+    """Pack every bfloat16 linear layer in `module` that is on the CPU, in place; returns the number of packed layers.
 
-    Weights that are shared (tied embeddings) and layers of other classes stay as they are. Nothing is held twice.
-    A packed layer computes the same product.
+    Shared weights (tied embeddings) and other layer types are left unchanged. No weight is kept twice. A packed layer
+    computes the same product.
     """
     owners: dict[int, int] = {}
     for layer in module.modules():

@@ -1,29 +1,38 @@
-"""Whether the whole corpus fits the window, and which documents or chunks to take when it does not. Pure."""
+"""Plan a prompt: take the whole corpus if it fits the window, otherwise choose documents or chunks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from kvmem.errors import PromptTooLongError
 
 Mode = Literal["whole", "route", "retrieve"]
-# Documents are clearly best when every other's best chunk scores less than this share of the best of all.
+# Documents are clearly best if the best chunk of every other document scores less than this share of the top score.
 CLEARLY = 0.5
 _FEW = 3
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a prompt will consist of.
+    """Which chunks go into a prompt, and why.
 
-    mode: "whole" when every chunk is in the prompt; "route" when it is a few whole documents that score clearly best;
-        "retrieve" when it is chunks.
-    reason: why, in one sentence.
-    chunks: indices of the chunks taken, in the order of the prompt.
-    prompt_tokens: prefix + chunks + query. window: the model's limit. over: tokens that did not fit.
-    dropped: messages of the history that were left out, oldest first.
+    Attributes:
+        mode: "whole": every chunk is in the prompt; "route": a few whole documents that score clearly best;
+            "retrieve": the best chunks.
+        reason: Why this mode was chosen, in one sentence.
+        chunks: Indices of the chunks taken, in prompt order.
+        prompt_tokens: Tokens of prefix, chunks and query.
+        window: The model's context window, in tokens.
+        over: Number of tokens by which the corpus exceeds the available room; 0 if everything fits.
+        dropped: Number of history messages that were left out, oldest first.
+
+    Example:
+        ```python
+        plan = mem.plan("What is the Base Rent?")  # runs no model
+        print(plan.mode, plan.reason, plan.prompt_tokens)
+        ```
     """
 
     mode: Mode
@@ -33,6 +42,10 @@ class Plan:
     window: int
     over: int = 0
     dropped: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON, without the chunks' indices."""
+        return {name: value for name, value in vars(self).items() if name != "chunks"}
 
 
 def make_plan(
@@ -46,19 +59,28 @@ def make_plan(
     documents: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> Plan:
-    """Take all chunks if they fit; else whole documents that are clearly best; else the best chunks that fit.
+    """Take all chunks if they fit, otherwise whole documents that are clearly best, otherwise the best chunks that fit.
 
-    All sizes are tokens; `answer` is kept free. `scores` is only called on overflow.
-    documents: the document of every chunk, if scores are comparable over the corpus. Then documents may be taken whole,
-        and room that is left goes to the neighbours of the chunks taken. None: nothing is taken that scores 0 or less.
-    limit: at most so many tokens of chunks. Chunks are in their own order.
-    Raises PromptTooLongError when the query alone does not fit.
+    Args:
+        prefix: Tokens of the prefix.
+        chunks: Tokens of each chunk, in document order.
+        query: Tokens of the query.
+        answer: Tokens kept free for the answer.
+        window: The model's context window, in tokens.
+        scores: Returns one score per chunk; called only if the chunks do not all fit.
+        documents: The document of each chunk, if scores are comparable over the corpus. Then documents may be taken
+            whole, and remaining room goes to the neighbours of the chunks taken. If None, only chunks that score above
+            0 are taken.
+        limit: Maximum number of chunk tokens.
+
+    Raises:
+        PromptTooLongError: The query alone does not fit, or not even the smallest chunk fits next to it.
     """
     fixed = prefix + query + answer
     if fixed > window:
         raise PromptTooLongError(
-            f"The question needs {query} tokens; with {prefix} before it and {answer} kept free for the "
-            f"answer that is {fixed - window} more than the model's window of {window}. "
+            f"The question has {query} tokens. With {prefix} tokens before it and {answer} kept free for the answer, "
+            f"that is {fixed - window} more than the model's window of {window}. "
             "Shorten the question, pass long text as context or add() it, or lower max_tokens."
         )
     total = sum(chunks)
@@ -75,13 +97,13 @@ def make_plan(
     mode: Mode = "route" if taken else "retrieve"
     if taken and documents is not None:
         names = list(dict.fromkeys(documents[i] for i in taken))
-        reason = f"{where}; {len(names)} of {len(set(documents))} documents score clearly best and are in it whole"
+        reason = f"{where}; {len(names)} of {len(set(documents))} documents score clearly best and are included whole"
     else:
         taken = _retrieve(chunks, documents, relevance, room)
-        reason = f"{where}; retrieval took {len(taken)} of {len(chunks)} chunks"
+        reason = f"{where}; retrieval chose {len(taken)} of {len(chunks)} chunks"
     if not taken:
         raise PromptTooLongError(
-            f"No chunk fits beside the question: {room} tokens are free, the smallest chunk has "
+            f"No chunk fits next to the question: {room} tokens are free, but the smallest chunk has "
             f"{min(chunks)}. Lower max_tokens, shorten the question, or split documents into smaller chunks."
         )
     size = prefix + query + sum(chunks[i] for i in taken)
@@ -89,7 +111,7 @@ def make_plan(
 
 
 def _route(chunks: Sequence[int], documents: Sequence[str], relevance: Sequence[float], room: int) -> list[int]:
-    """The chunks of the documents that score clearly best, if they are few and fit; else none."""
+    """The chunks of the documents that score clearly best, if there are few and they fit; otherwise empty."""
     best: dict[str, float] = {}
     for document, score in zip(documents, relevance, strict=True):
         best[document] = max(score, best.get(document, 0.0))
@@ -103,7 +125,7 @@ def _route(chunks: Sequence[int], documents: Sequence[str], relevance: Sequence[
 def _retrieve(
     chunks: Sequence[int], documents: Sequence[str] | None, relevance: Sequence[float], room: int
 ) -> list[int]:
-    """The best chunks that fit, and if there is room left, those next to them in their documents."""
+    """The best chunks that fit and, if there is room left, their neighbours in the same documents."""
     taken: list[int] = []
 
     def take(index: int) -> None:

@@ -1,7 +1,7 @@
-"""Prompt: messages, rendered by the model's own chat template and cut into spans.
+"""Prompts: messages, rendered with the model's own chat template and cut into spans.
 
-Each span is tokenised by itself and the ids are joined, so a text has the same ids wherever it stands. Texts of
-messages are plain text: markup of the template written in them stays what it is, text.
+Each span is tokenised separately, so a text has the same ids wherever it stands. The texts of messages are plain text:
+template markup inside them is not interpreted.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from kvmem.any_model import AnyModel
+from kvmem.cancellation import NEVER, Cancellation
 from kvmem.entry import digest_tokens
 from kvmem.errors import InputError, ModelError
 from kvmem.split import KnownTexts, segment
 
 DEFAULT_SYSTEM = "You answer questions about the documents below. Answer briefly, using only what they say."
 Message = Mapping[str, Any]
-# Spans of messages are at least so long: shorter ones save less than they cost to keep.
+# Minimum length of a message span, in tokens. Shorter ones save less than it costs to store them.
 SMALLEST_SPAN = 48
-# Prompts that come as token ids are cut into blocks of so many.
+# Prompts given as token ids are cut into blocks of this many tokens.
 RAW_BLOCK = 128
 _MARK = "\u241f"
 
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of a prompt that is cached as a whole. document: None for what is not of a document."""
+    """Consecutive tokens of a prompt that are cached as a unit. document: id of the document it belongs to, if any."""
 
     token_ids: tuple[int, ...]
     document: str | None = None
@@ -43,7 +44,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The spans, and behind them the query, which is read anew, are the whole prompt."""
+    """A whole prompt: the spans, then the query, which is always computed."""
 
     spans: tuple[Span, ...]
     query: tuple[int, ...]
@@ -54,14 +55,19 @@ class Prompt:
 
     @property
     def said(self) -> frozenset[str]:
-        """Digests of the spans that are not of documents."""
+        """Digests of the spans that do not belong to documents."""
         return frozenset(span.digest for span in self.spans if span.document is None)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a rendered prompt. markup: of the template, so special tokens in it are meant. document: its id,
-    if it is a chunk of one; it is a span of its own then."""
+    """A part of a rendered prompt.
+
+    Attributes:
+        text: The text.
+        markup: Whether it is template markup, in which special tokens are interpreted.
+        document: Id of the document, if the piece is a chunk; it then becomes a span of its own.
+    """
 
     text: str
     markup: bool = False
@@ -69,12 +75,12 @@ class Piece:
 
 
 CONTEXT = Piece("")
-"""Stands where documents of the corpus go."""
+"""Placeholder for the documents."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A prompt without its context: spans before and behind it, and the query."""
+    """A prompt without its documents: the spans before and after them, and the query."""
 
     before: tuple[Span, ...]
     after: tuple[Span, ...]
@@ -91,14 +97,18 @@ class Typesetter:
     def __init__(self, model: AnyModel) -> None:
         self._model = model
         self._tokenize = lru_cache(4096)(lambda text, markup: model.tokenize(text, markup=markup))
-        self._segments = KnownTexts(lambda text: segment(text, model.count_all, SMALLEST_SPAN))
+        self._segments = KnownTexts(lambda text, count: segment(text, count, SMALLEST_SPAN), model.count_all)
 
-    def lay_out(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> Layout:
-        """Render `messages` and cut them. A message's content is a text, or a sequence of texts and `Piece`s.
+    def lay_out(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        cancellation: Cancellation = NEVER,
+    ) -> Layout:
+        """Render `messages` and cut them into spans. Message content is a text, or a sequence of texts and `Piece`s.
 
-        Long texts are cut at content-defined places, so that a text which was seen before is found again even when
-        what stands around it has changed. The end of the last message and what the template puts behind it are the
-        query.
+        Long texts are cut at content-defined boundaries, so that a known text is recognised even if the text around it
+        has changed. The query is the end of the last message and the markup after it.
         """
         pieces = self._render(messages, tools)
         texts = [i for i, piece in enumerate(pieces) if not piece.markup and piece.document is None and piece.text]
@@ -123,10 +133,10 @@ class Typesetter:
             elif piece.markup:
                 current += self._tokenize(piece.text, True)
             else:
-                parts = self._segments(piece.text)
+                parts = self._segments(piece.text, cancellation)
                 for index, part in enumerate(parts):
                     ids = self._tokenize(part, False)
-                    # A system message stays with the head of the template, which is nothing by itself.
+                    # The system message stays with the template's head, which is too short to be a span.
                     at_head = number <= 1 and index == 0 and messages[0]["role"] == "system"
                     if len(ids) >= SMALLEST_SPAN and not at_head:
                         close()
@@ -138,12 +148,12 @@ class Typesetter:
         return Layout(tuple(spans[:edge]), tuple(spans[edge:]), tuple(current))
 
     def release(self) -> None:
-        """Forget what is kept in memory."""
+        """Clear the in-memory caches."""
         self._tokenize.cache_clear()
         self._segments.clear()
 
     def lay_out_raw(self, prompt: str | Sequence[int]) -> Layout:
-        """A prompt as it is, without the template: a text, whose special tokens are meant, or token ids."""
+        """Lay out a raw prompt, without the template: a text, in which special tokens are interpreted, or token ids."""
         if not isinstance(prompt, str):
             parts = [tuple(prompt[i : i + RAW_BLOCK]) for i in range(0, len(prompt), RAW_BLOCK)]
         else:
@@ -154,16 +164,16 @@ class Typesetter:
         return Layout((), tuple(Span(part) for part in parts[:-1]), parts[-1])
 
     def chunk(self, text: str, document: str) -> Span:
-        """A chunk of a document as it stands in every prompt: its text, a blank line, and what has to part chunks."""
+        """A chunk as it stands in every prompt: its text, a blank line, and the chunk separator."""
         return self.chunks([(text, document)])[0]
 
     def chunks(self, texts: Sequence[tuple[str, str]]) -> list[Span]:
-        """Chunks as `chunk` sets them: of each its text, and the document that it is of."""
-        found = self._model.tokenize_all([_standing(text) for text, _ in texts], markup=False)
+        """Like `chunk`, for several pairs of text and document id."""
+        found = self._model.tokenize_all([standing(text) for text, _ in texts], markup=False)
         return [Span((*ids, *self._model.separator), document) for ids, (_, document) in zip(found, texts, strict=True)]
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[Piece]:
-        """The template's text and the messages' own, in order."""
+        """The template's markup and the messages' texts, in order."""
         contents: list[Piece] = []
         marked = []
         for message in messages:
@@ -176,8 +186,8 @@ class Typesetter:
         parts = re.split(f"{_MARK}(\\d+){_MARK}", self._model.render(marked, tools))
         if [int(n) for n in parts[1::2]] != list(range(len(contents))):
             raise ModelError(
-                f"The chat template of {self._model.name!r} does not show every message's text once and in order. "
-                "Set another tokenizer.chat_template."
+                f"The chat template of {self._model.name!r} does not render the text of every message exactly once and "
+                "in order. Set another tokenizer.chat_template."
             )
         pieces = [Piece(parts[0], markup=True)]
         for number, text in zip(parts[1::2], parts[2::2], strict=True):
@@ -192,7 +202,7 @@ def as_pieces(content: Any) -> list[Piece]:
     if isinstance(content, (str, Piece)):
         content = [content]
     if not isinstance(content, Iterable):
-        raise InputError(f"The content of a message is a {type(content).__name__}. Give a text.")
+        raise InputError(f"The content of a message is of type {type(content).__name__}. Give a str.")
     pieces = []
     for part in content:
         if isinstance(part, str):
@@ -203,9 +213,9 @@ def as_pieces(content: Any) -> list[Piece]:
             pieces.append(Piece(part["text"]))
         else:
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise InputError(f"A message holds content of type {kind!r}; this model reads text. Give text.")
+            raise InputError(f"A message has content of type {kind!r}, but kvmem only reads text. Give text.")
     return pieces
 
 
-def _standing(text: str) -> str:
+def standing(text: str) -> str:
     return text.strip("\n") + "\n\n"

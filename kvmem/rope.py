@@ -1,7 +1,7 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864): moving keys to other positions.
+"""Rotary position embedding (RoFormer, arXiv 2104.09864): move keys to other positions.
 
-Rotations compose, so a key read at position p stands at position p + d after one more rotation by d.
-The scaling that YaRN applies to cos and sin is part of the stored key already and is not applied again.
+Rotations compose, so rotating a key computed at position p by d gives the key for position p + d. YaRN's scaling of cos
+and sin is already part of the stored key and is not applied again.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Pairing = Literal["half", "interleaved"]
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """The rotation of one kind of layer.
+    """The rotation of one type of layer. Dimensions from `rotary_dim` on are not rotated (partial rotary).
 
-    inv_freq: [rotary_dim / 2], radians per token.
-    pairing: "half" rotates dimension i with i + rotary_dim / 2 (Llama, Qwen, Gemma, GPT-NeoX);
-        "interleaved" rotates 2i with 2i + 1 (GPT-J, Cohere, GLM).
-    Dimensions from rotary_dim on are not rotated (partial rotary).
+    Attributes:
+        inv_freq: [rotary_dim / 2], in radians per token.
+        pairing: "half" rotates dimension i with i + rotary_dim / 2 (Llama, Qwen, Gemma, GPT-NeoX);
+            "interleaved" rotates 2i with 2i + 1 (GPT-J, Cohere, GLM).
     """
 
     inv_freq: Tensor
@@ -41,7 +41,7 @@ class Rope:
         return self._turn(self._angles(new) - self._angles(old))
 
     def _angles(self, positions: Tensor) -> Tensor:
-        # Models multiply in float32; far from 0 that rounding is larger than 1e-4 rad, and must be met, not mended.
+        # Models multiply in float32. Far from 0, the rounding error exceeds 1e-4 rad, so it must be reproduced here.
         rounded = positions.to(torch.float32)[:, None] * self.inv_freq.to(positions.device, torch.float32)[None, :]
         return rounded.to(torch.float64)
 
@@ -65,7 +65,7 @@ class Turn:
         return Turn(self.cos.to(dtype), self.sin.to(dtype), self.pairing)
 
     def apply(self, x: Tensor) -> Tensor:
-        """`x` [..., n, dim] rotated, in float32; a new tensor."""
+        """`x` ([..., n, dim]) rotated, as a new float32 tensor."""
         out = x.to(torch.float32, copy=True)
         first, second = self._halves(out)
         turned = (first * self.cos).addcmul_(second, self.sin, value=-1)
@@ -74,7 +74,7 @@ class Turn:
         return out
 
     def add_to(self, target: Tensor, x: Tensor) -> None:
-        """Add `x` rotated to `target`, both [..., n, dim] of the rotation's dtype, in place."""
+        """Add the rotated `x` to `target`, in place. Both are [..., n, dim], in the rotation's dtype."""
         first, second = self._halves(x)
         onto_first, onto_second = self._halves(target)
         onto_first.addcmul_(first, self.cos).addcmul_(second, self.sin, value=-1)
@@ -83,7 +83,7 @@ class Turn:
         target[..., rotated:] += x[..., rotated:]
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of the dimensions that are rotated with each other."""
+        """Views of the two halves of `x` that are rotated with each other."""
         half = self.cos.shape[-1]
         if self.pairing == "half":
             return x[..., :half], x[..., half : 2 * half]

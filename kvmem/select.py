@@ -1,7 +1,7 @@
-"""Which tokens of a stitched cache are recomputed.
+"""Select the tokens of a composed buffer to recompute.
 
-Each selector is a function of the candidates, a budget and the settings, and returns positions: `budget` of them,
-unless its name says otherwise.
+Each selector is a function of the candidates, a budget and the settings. It returns `budget` positions, except for
+"none" and "all".
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from kvmem.settings import BlendSettings, SelectorName
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """What a selector chooses from.
+    """The tokens a selector chooses from.
 
-    segments: the [start, end) of every approximate chunk, ascending.
-    attention: () -> float32 [end of the last segment], the question's attention to every position.
-    deviation: () -> float32 [number of candidates], how far the KV of layer 1 is from exact.
+    Attributes:
+        segments: The range [start, end) of every approximate chunk, ascending.
+        attention: () -> float32 [at least the end of the last segment], the question's attention to every position.
+        deviation: () -> float32 [number of candidates], how far the KV of layer 1 is from exact.
+        device: Device of the returned positions.
     """
 
     segments: tuple[tuple[int, int], ...]
@@ -52,10 +54,10 @@ def select(candidates: Candidates, settings: BlendSettings) -> Tensor:
 
 
 def _query(candidates: Candidates, budget: int, settings: BlendSettings) -> Tensor:
-    """In every chunk its share of the budget: the tokens that the question attends to most.
+    """The tokens that the question attends to most; each chunk gets a share of the budget in proportion to its size.
 
-    Shares by size, not one ranking over all chunks: attention favours what stands close to the question, and a chunk
-    without recomputed tokens could not be corrected.
+    There is no single ranking over all chunks, because attention favours text close to the question, and a chunk
+    without recomputed tokens cannot be corrected.
     """
     positions = candidates.positions
     if budget in (0, candidates.count):
@@ -70,7 +72,7 @@ def _query(candidates: Candidates, budget: int, settings: BlendSettings) -> Tens
 
 
 def _shares(sizes: Sequence[int], budget: int) -> list[int]:
-    """`budget` in proportion to `sizes`, whole numbers, by largest remainder."""
+    """Split `budget` in proportion to `sizes`, in whole numbers, by the largest-remainder method."""
     total = sum(sizes)
     shares = [budget * size // total for size in sizes]
     by_remainder = sorted(range(len(sizes)), key=lambda i: (-(budget * sizes[i] % total), i))
@@ -97,12 +99,12 @@ def _first_k(candidates: Candidates, budget: int, settings: BlendSettings) -> Te
 
 
 def _none(candidates: Candidates, budget: int, settings: BlendSettings) -> Tensor:
-    """Reuse without repair."""
+    """Reuse without blending."""
     return candidates.positions[:0]
 
 
 def _all(candidates: Candidates, budget: int, settings: BlendSettings) -> Tensor:
-    """Full recompute: equal to full prefill, the oracle."""
+    """Recompute everything; equals full prefill."""
     return candidates.positions
 
 

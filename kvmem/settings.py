@@ -1,10 +1,10 @@
-"""Every knob, as frozen pydantic models."""
+"""All settings, as frozen pydantic models."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
@@ -19,15 +19,25 @@ class _Frozen(BaseModel):
 
 
 class BlendSettings(_Frozen):
-    """How a stitched cache is repaired.
+    """How composed prompts are blended.
 
-    selector: which tokens are recomputed, see `kvmem.select`.
-    recompute: the fraction of the approximate tokens to recompute, in [0, 1], or "auto": the smallest that the
-        model's own check shows to be enough (see `kvmem.check`).
-    correction: move the tokens that are not recomputed along with those that are; None means on for
-        `query`, off for the other selectors (which are published baselines and stay plain).
-    reach: how far, in tokens, a recomputed token's change is carried to its neighbours.
-    shrinkage: weight of "no change" in the correction; larger is more careful.
+    Attributes:
+        selector: Which tokens are recomputed: "query" (those the question attends to most), "deviation" (CacheBlend),
+            "first_k" (EPIC), "none" or "all". See `kvmem.select`.
+        recompute: Fraction of the approximate tokens to recompute, in [0, 1], or "auto": the smallest fraction that the
+            model check found to be enough (see `kvmem.check`).
+        correction: Whether to correct the neighbours of recomputed tokens. None: on for "query", off for the other
+            selectors, which are published baselines.
+        reach: Distance, in tokens, over which the change of a recomputed token is carried to its neighbours.
+        shrinkage: Weight of "no change" in the correction; larger is more cautious.
+
+    Example:
+        ```python
+        from kvmem import BlendSettings, KVMem
+
+        mem = KVMem("smollm2", store="./kv", blend=BlendSettings(recompute=0.1))
+        answer = mem.ask("When does the lease begin?", blend="all")  # recomputes everything, for this answer
+        ```
     """
 
     selector: SelectorName = "query"
@@ -38,20 +48,31 @@ class BlendSettings(_Frozen):
 
     @property
     def share(self) -> float:
-        """`recompute` as a number. Raises InputError while it is "auto"."""
+        """`recompute` as a number. Raises InputError if it is "auto"."""
         if self.recompute == "auto":
-            raise InputError('recompute="auto" stands for a number that KVMem finds. Give a number here.')
+            raise InputError('recompute="auto" only works in KVMem, which replaces it by a number. Give a number here.')
         return self.recompute
 
     @property
     def corrects(self) -> bool:
+        """Whether the correction is on."""
         if self.selector in ("none", "all"):
             return False
         return self.selector == "query" if self.correction is None else self.correction
 
     @classmethod
     def parse(cls, value: BlendSettings | str | Mapping[str, Any] | None) -> BlendSettings:
-        """Settings from a selector's name, a mapping, settings, or None (the defaults)."""
+        """Make settings from a selector name, a mapping, settings, or None.
+
+        Args:
+            value: A selector name, a mapping of fields, `BlendSettings`, or None for the defaults.
+
+        Returns:
+            The settings.
+
+        Raises:
+            InputError: `value` is not valid.
+        """
         if isinstance(value, BlendSettings):
             return value
         if value is None:
@@ -61,17 +82,28 @@ class BlendSettings(_Frozen):
             return cls.model_validate(fields)
         except ValidationError as error:
             raise InputError(
-                f"blend={value!r} cannot be used: {_reasons(error)}. Give a selector's name "
+                f"blend={value!r} is not valid: {_reasons(error)}. Give a selector name "
                 "('query', 'deviation', 'first_k', 'none', 'all') or a mapping such as "
                 '{"selector": "query", "recompute": 0.1}.'
             ) from None
 
 
 class SplitSettings(_Frozen):
-    """Sizes of chunks, in tokens; a whole document may be smaller than `minimum`.
+    """How documents are cut into chunks.
 
-    target: longer chunks are cut at headings and blank lines; at weaker ends only those longer than `maximum`.
-    headings: a chunk begins with its document's title (of the metadata) and the Markdown headings it is under.
+    Attributes:
+        minimum: Minimum size of a chunk, in tokens. A whole document may be smaller.
+        target: Chunks longer than this, in tokens, are cut at headings and blank lines.
+        maximum: Maximum size of a chunk, in tokens. Longer chunks are cut at ends of lines and sentences, too.
+        headings: Whether a chunk begins with its document's title (from the metadata) and the Markdown headings that it
+            is under.
+
+    Example:
+        ```python
+        from kvmem import KVMem, SplitSettings
+
+        mem = KVMem("smollm2", store="./kv", split=SplitSettings(target=256, headings=False))
+        ```
     """
 
     minimum: int = Field(default=128, ge=1)
@@ -82,20 +114,31 @@ class SplitSettings(_Frozen):
     @model_validator(mode="after")
     def _ordered(self) -> SplitSettings:
         if self.minimum > self.maximum:
-            raise ValueError("minimum is greater than maximum")
+            raise ValueError("minimum must not be greater than maximum")
         return self
 
 
 class ModelSettings(_Frozen):
-    """How the model is loaded.
+    """How a model is loaded.
 
-    dtype: "auto" keeps the checkpoint's own; else "bfloat16", "float16" or "float32".
-    device: "auto" is CUDA when there is one, else the CPU. device_map is handed to transformers as it is.
-    threads: CPU threads for torch; None leaves torch's own choice.
-    packed: bfloat16 weights on a CPU are kept in the layout that its matrix kernels read, in memory of this process.
-        The model says the same, sooner. But `LanguageModel.hf` can then be run only, and not be copied, saved or
-        converted; and processes that run one model do not share the pages of its file.
-    attention: the arithmetic of attention over a blended cache; "eager" is the slow reference.
+    Attributes:
+        dtype: "auto" (the checkpoint's dtype), "bfloat16", "float16" or "float32".
+        device: "auto" (CUDA if available, otherwise the CPU), or a torch device.
+        device_map: Passed to transformers unchanged.
+        threads: CPU threads for torch; None keeps torch's default.
+        packed: Keep bfloat16 weights on a CPU in the layout of its matrix kernels. Results are the same, but faster.
+            `LanguageModel.hf` can then only be run, not copied, saved or converted, and processes that load the same
+            model do not share its file's memory pages.
+        attention: Attention implementation for blended buffers: "sdpa", or "eager", the slow reference.
+        revision: Revision of the model on the hub; None is the default branch.
+        trust_remote_code: Whether to run code that comes with the model.
+
+    Example:
+        ```python
+        from kvmem import LanguageModel, ModelSettings
+
+        model = LanguageModel.load("smollm2", ModelSettings(dtype="float32", threads=4))
+        ```
     """
 
     dtype: str = "auto"
@@ -109,12 +152,23 @@ class ModelSettings(_Frozen):
 
 
 class RemoteSettings(_Frozen):
-    """How a vLLM server is used, when the model is its address: `vllm://host:port/model`, or `vllm+https://`.
+    """How a vLLM server is used. The model is then its address: `vllm://host:port/model`, or `vllm+https://...`.
 
-    api_key: the server's, if it wants one. tokenizer: a directory or hub id; None is what the server names as the
-        model's own. retries: how often a call that failed before its first token is repeated, with growing pauses.
-    read_timeout: seconds between two pieces of an answer. parallel: calls under way at a time.
-    separator: a text between chunks, for a server that runs LMCache's blending: its `blend_special_str`.
+    Attributes:
+        api_key: API key of the server, if it requires one.
+        tokenizer: Directory or hub id of the tokenizer; None uses the one that the server reports for the model.
+        retries: How often to retry a call that failed before its first token, with increasing delays.
+        read_timeout: Maximum time between two pieces of an answer, in seconds.
+        parallel: Maximum number of concurrent calls.
+        separator: Text between chunks, for a server with LMCache's blending: its `blend_special_str`.
+
+    Example:
+        ```python
+        from kvmem import KVMem, RemoteSettings, Settings
+
+        settings = Settings(remote=RemoteSettings(retries=5, parallel=8))
+        mem = KVMem("vllm://localhost:8000/Qwen/Qwen2.5-7B-Instruct", settings=settings)
+        ```
     """
 
     api_key: SecretStr | None = None
@@ -126,10 +180,24 @@ class RemoteSettings(_Frozen):
 
 
 class StoreSettings(_Frozen):
-    """How much is kept, when the store is given as a directory (or not at all: then in memory only).
+    """Limits and format of a store that `KVMem` opens itself: a directory, or memory only if no store is given.
 
-    memory_bytes: KV kept in memory beside the working buffer. disk_bytes: entry files on disk, None for no limit.
-    namespace_bytes, eviction, ttl: see `kvmem.store.limits.Limits`. kv_dtype, verify: see `kvmem.store.DiskStore`.
+    Attributes:
+        memory_bytes: Maximum size of entries kept in memory, in bytes, in addition to the working buffer.
+        disk_bytes: Maximum size of entry files on disk, in bytes; None for no limit.
+        namespace_bytes: Maximum size of the entries of one namespace, in bytes; None for no limit.
+        eviction: Which entries are evicted first: "lru" or "lfu".
+        ttl: Lifetime of an entry, in seconds; None for no limit. See `kvmem.store.limits.Limits`.
+        kv_dtype: How KV is stored on disk: "native" (exact), "int8" or "fp8". See `kvmem.store.DiskStore`.
+        verify: When checksums are verified: "first" (when this process first loads an entry), "always" or "never".
+
+    Example:
+        ```python
+        from kvmem import KVMem, Settings, StoreSettings
+
+        mem = KVMem("smollm2", "./kv", settings=Settings(storage=StoreSettings(disk_bytes=10**10, kv_dtype="int8")))
+        mem = KVMem("smollm2", "./kv", disk_bytes=10**10, kv_dtype="int8")  # the same
+        ```
     """
 
     memory_bytes: int = Field(default=1 << 30, ge=0)
@@ -142,13 +210,28 @@ class StoreSettings(_Frozen):
 
 
 class Settings(_Frozen):
-    """Everything a `KVMem` can be told beside its model and its store.
+    """All settings of a `KVMem`.
 
-    system: the system prompt; None is `kvmem.prompt.DEFAULT_SYSTEM`.
-    max_tokens: the longest answer, in tokens; room for it is kept free in the window.
-    namespace: entries and documents of other namespaces are invisible.
-    context_tokens: at most so many tokens of documents in a prompt; None is all that the window holds.
-    max_document_chars: longer documents are refused.
+    Attributes:
+        model: How the model is loaded.
+        blend: How composed prompts are blended.
+        split: How documents are cut into chunks.
+        storage: Limits and format of the store.
+        remote: How a vLLM server is used.
+        system: The system prompt; None uses `kvmem.prompt.DEFAULT_SYSTEM`.
+        max_tokens: Maximum length of an answer, in tokens. This room is kept free in the window.
+        namespace: The namespace (tenant). Documents, memories, threads and entries of other namespaces are invisible.
+        context_tokens: Maximum number of document tokens in a prompt; None fills the window.
+        max_document_chars: Longer documents, in characters, are rejected.
+
+    Example:
+        ```python
+        from kvmem import KVMem, ModelSettings, Settings
+
+        settings = Settings(model=ModelSettings(threads=4), max_tokens=64, namespace="alice")
+        mem = KVMem("smollm2", store="./kv", settings=settings)
+        mem = KVMem("smollm2", store="./kv", threads=4, max_tokens=64, namespace="alice")  # the same
+        ```
     """
 
     model: ModelSettings = ModelSettings()
@@ -161,11 +244,23 @@ class Settings(_Frozen):
     namespace: str = Field(default="default", min_length=1)
     context_tokens: int | None = Field(default=None, ge=1)
     max_document_chars: int = Field(default=10_000_000, ge=1)
+    buffer_bytes: int = Field(default=1 << 28, ge=0)
 
     @classmethod
-    def parse(cls, base: Settings | None, overrides: Mapping[str, Any]) -> Settings:
-        """`base` with `overrides` applied; names of `ModelSettings`, `StoreSettings` and `RemoteSettings` may be given
-        flat."""
+    def parse(cls, base: Settings | None, overrides: EngineOptions | Mapping[str, Any]) -> Settings:
+        """Apply `overrides` to `base`.
+
+        Args:
+            base: The settings to start from; None for the defaults.
+            overrides: Fields of `Settings`. Fields of `ModelSettings`, `StoreSettings` and `RemoteSettings` may be
+                given directly, without nesting.
+
+        Returns:
+            The new settings.
+
+        Raises:
+            InputError: A name or a value is not valid.
+        """
         base = base or cls()
         fields = base.model_dump()
         for name, value in overrides.items():
@@ -176,15 +271,50 @@ class Settings(_Frozen):
             elif name in RemoteSettings.model_fields:
                 fields["remote"][name] = value
             elif name == "blend":
-                fields["blend"] = BlendSettings.parse(value).model_dump()
+                fields["blend"] = BlendSettings.parse(cast(Any, value)).model_dump()
             else:
                 fields[name] = value.model_dump() if isinstance(value, BaseModel) else value
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
             raise InputError(
-                f"These settings cannot be used: {_reasons(error)}. See kvmem.settings for all of them."
+                f"The settings are not valid: {_reasons(error)}. See kvmem.settings for all settings."
             ) from None
+
+
+class EngineOptions(TypedDict, total=False):
+    """Settings of `KVMem` by name: the fields of `Settings`, and of its parts."""
+
+    blend: BlendSettings | str | Mapping[str, Any]
+    split: SplitSettings | Mapping[str, Any]
+    storage: StoreSettings | Mapping[str, Any]
+    remote: RemoteSettings | Mapping[str, Any]
+    system: str | None
+    max_tokens: int
+    namespace: str
+    context_tokens: int | None
+    max_document_chars: int
+    buffer_bytes: int
+    dtype: str
+    device: str
+    device_map: str | dict[str, Any] | None
+    threads: int | None
+    packed: bool
+    attention: AttentionName
+    revision: str | None
+    trust_remote_code: bool
+    memory_bytes: int
+    disk_bytes: int | None
+    namespace_bytes: int | None
+    eviction: Literal["lru", "lfu"]
+    ttl: float | None
+    kv_dtype: Literal["native", "int8", "fp8"]
+    verify: Literal["first", "always", "never"]
+    api_key: SecretStr | str | None
+    retries: int
+    read_timeout: float
+    parallel: int
+    separator: str | None
 
 
 def _reasons(error: ValidationError) -> str:
@@ -196,7 +326,7 @@ def _reasons(error: ValidationError) -> str:
 
 
 def default_cache_dir() -> Path:
-    """Where converted models are kept, for example ~/.cache/kvmem."""
+    """The user's cache directory for kvmem, for example ~/.cache/kvmem."""
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("kvmem"))

@@ -1,7 +1,7 @@
-"""Several sequences behind one prefix: its keys and values are kept once and read once for all of them.
+"""Several sequences after a shared prefix, whose keys and values are stored once and loaded once for all of them.
 
-As in Hydragen (Juravsky et al., 2024): attention over the shared prefix takes the queries of all sequences as rows of
-one matrix, attention over each sequence's own tokens is batched, and the two softmaxes are joined by their log-sum-exp.
+As in Hydragen (Juravsky et al., 2024): attention over the shared prefix packs the queries of all sequences into one
+matrix, attention over each sequence's own tokens is batched, and the two softmaxes are merged by their log-sum-exp.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ SHARED_ATTENTION = "kvmem_shared"
 
 
 class SharedLayer(CacheLayerMixin):
-    """The rows of one layer: `prefix` holds the shared ones, `keys` and `values` [batch, kv heads, capacity, dim] those
-    of each sequence."""
+    """One layer: `prefix` holds the shared rows; `keys` and `values` ([batch, kv heads, capacity, dim]) hold each
+    sequence's own rows."""
 
     def __init__(self, prefix: BlendedLayer, batch: int, capacity: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -39,7 +39,7 @@ class SharedLayer(CacheLayerMixin):
         """Nothing to do: the rows are allocated at construction."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append the new rows, and return each sequence's own."""
+        """Append the new rows and return each sequence's own rows."""
         start, self.tail = self.tail, self.tail + key_states.shape[2]
         self.keys[:, :, start : self.tail] = key_states
         self.values[:, :, start : self.tail] = value_states
@@ -50,8 +50,10 @@ class SharedLayer(CacheLayerMixin):
         return self.prefix.group.window
 
     def near(self, places: Tensor, padding: Tensor) -> tuple[int, Tensor | None]:
-        """The first row of the prefix that any sequence's row at `places` sees, and which of those behind it each one
-        does, bool [batch, m, rows]; None if all."""
+        """The first prefix row that any sequence sees from `places`, and a mask over the rows from there on.
+
+        The mask is bool [batch, m, rows], True where the row is visible; None if everything is visible.
+        """
         if self.window is None:
             return 0, None
         length = self.prefix.length
@@ -71,9 +73,9 @@ class SharedLayer(CacheLayerMixin):
 
 
 class SharedCache(Cache):
-    """A `transformers.Cache` for `padding.numel()` sequences behind the valid rows of `prefix`, which is only read.
+    """A `transformers.Cache` for `padding.numel()` sequences after the valid rows of `prefix`, which is not modified.
 
-    padding: int64 [batch], how many of each sequence's first own rows are left padding.
+    padding: int64 [batch], the number of left-padding rows at the start of each sequence.
     """
 
     def __init__(self, prefix: BlendedCache, padding: Tensor, capacity: int) -> None:
@@ -84,7 +86,7 @@ class SharedCache(Cache):
 
     @contextmanager
     def attending(self, model: LanguageModel) -> Iterator[None]:
-        """While open, every forward of the model runs on this cache, by the attention below."""
+        """While the context is open, every forward pass of the model uses this cache and `attend_shared`."""
 
         def before(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return args, {**kwargs, "attention_mask": None, "kvmem_shared": self}
@@ -112,12 +114,12 @@ def attend_shared(
 ) -> tuple[Tensor, None]:
     """Attention for transformers' interface: query [batch, heads, m, d], key/value [batch, kv heads, own rows, d]."""
     if kvmem_shared is None or position_bias is not None:
-        raise ValueError("this attention needs kvmem's shared cache and knows no position bias")
+        raise ValueError("this attention needs kvmem's shared cache and does not support position bias")
     layer = kvmem_shared.by_index[int(module.layer_idx)]  # type: ignore[arg-type]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     batch, heads, m, dim = query.shape
     kv_heads, groups = key.shape[1], heads // key.shape[1]
-    # The heads that share keys are rows of one matrix: [batch, kv heads, groups * m, d].
+    # Heads that share keys are packed as rows of one matrix: [batch, kv heads, groups * m, d].
     packed = query.reshape(batch, kv_heads, groups * m, dim)
     own, own_lse = _over_own(packed, key, value, m, kvmem_shared.padding, layer.window, scale, softcap)
     prefix, prefix_lse = _over_prefix(packed, layer, key.shape[2], m, kvmem_shared.padding, scale, softcap)
@@ -134,14 +136,14 @@ def attend_shared(
 def _over_own(
     q: Tensor, k: Tensor, v: Tensor, m: int, padding: Tensor, window: int | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every sequence to its own rows: float32 [batch, kv heads, groups * m, d], and its log-sum-exp."""
+    """Attention of each sequence to its own rows: float32 [batch, kv heads, groups * m, d], and its log-sum-exp."""
     own = k.shape[2]
     rows = torch.arange(own, device=q.device)
     places = rows[own - m :, None]
     seen = (rows <= places) & (rows >= padding[:, None, None])
     if window is not None:
         seen &= rows > places - window
-    # A row of padding sees itself, since a softmax needs something.
+    # A padding row sees itself, because a softmax over nothing is undefined.
     seen |= rows == places
     logits = _capped((q @ k.transpose(2, 3)).float().mul_(scale), softcap)
     hidden = ~seen[:, None].repeat(1, 1, q.shape[2] // m, 1)
@@ -152,7 +154,7 @@ def _over_own(
 def _over_prefix(
     q: Tensor, layer: SharedLayer, own: int, m: int, padding: Tensor, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of all sequences' rows to the shared prefix, in the shapes of `_over_own`."""
+    """Attention of all sequences to the shared prefix, with the same shapes as `_over_own`."""
     batch, kv_heads, rows, dim = q.shape
     low, near = layer.near(torch.arange(own - m, own, device=q.device), padding)
     keys, values = (t[0, :, low : layer.prefix.length] for t in (layer.prefix.keys, layer.prefix.values))
@@ -182,7 +184,7 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def left_padded(own: Sequence[Sequence[int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Sequences of one length, [batch, longest], and how many tokens of padding each begins with."""
+    """The sequences, left-padded to equal length ([batch, longest]), and the number of padding tokens in each."""
     longest = max(map(len, own))
     rows = [[filler] * (longest - len(ids)) + list(ids) for ids in own]
     padding = torch.tensor([longest - len(ids) for ids in own], device=device)

@@ -1,4 +1,4 @@
-"""Cutting texts at natural ends that their content chooses, and the headings that a piece stands under."""
+"""Cut texts at natural boundaries chosen by their content, and find the headings each piece is under."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate, pairwise
+from threading import Lock
 
+from cachetools import LRUCache
+
+from kvmem.cancellation import NEVER, Cancellation
 from kvmem.settings import SplitSettings
 
-# Where a text may be cut, strongest first: before a heading, after a blank line, after a line, after a sentence.
+# Possible boundaries, strongest first: before a heading, after a blank line, after a line, after a sentence.
 _CUTS = (
     re.compile(r"(?<=\n)(?=#{1,6} )"),
     re.compile(r"(?<=\n)(?:[ \t]*\r?\n)+"),
@@ -25,31 +28,50 @@ _LONG_PIECE, _LONGEST_PIECE = 192, 512
 
 
 CountTokens = Callable[[Sequence[str]], Sequence[int]]
-"""Tokens of each of several texts."""
+"""Returns the number of tokens of each text."""
 
 
 class KnownTexts:
-    """Remembers how texts were cut, those that were cut last: what is asked about again, or said before, is not counted
-    again. Long texts are not kept."""
+    """Caches how recent texts were cut, so that their tokens are not counted again. Long texts are not cached.
 
-    def __init__(self, cut: Callable[[str], tuple[str, ...]], texts: int = 256, characters: int = 1 << 16) -> None:
-        self._cut, self._characters = cut, characters
-        self._known = lru_cache(texts)(cut)
+    Args:
+        cut: Cuts a text, given a function that counts tokens.
+        count: Counts the tokens of several texts; stops when it is cancelled.
+    """
 
-    def __call__(self, text: str) -> tuple[str, ...]:
-        return self._known(text) if len(text) <= self._characters else self._cut(text)
+    def __init__(
+        self,
+        cut: Callable[[str, CountTokens], tuple[str, ...]],
+        count: Callable[[Sequence[str], Cancellation], Sequence[int]],
+        texts: int = 256,
+        characters: int = 1 << 16,
+    ) -> None:
+        self._cut, self._count, self._characters = cut, count, characters
+        self._known: LRUCache[str, tuple[str, ...]] = LRUCache(texts)
+        self._lock = Lock()
+
+    def __call__(self, text: str, cancellation: Cancellation = NEVER) -> tuple[str, ...]:
+        with self._lock:
+            found = self._known.get(text)
+        if found is None:
+            found = self._cut(text, lambda texts: self._count(texts, cancellation))
+            if len(text) <= self._characters:
+                with self._lock:
+                    self._known[text] = found
+        return found
 
     def clear(self) -> None:
-        self._known.cache_clear()
+        with self._lock:
+            self._known.clear()
 
 
 def split(text: str, count_tokens: CountTokens, settings: SplitSettings) -> tuple[str, ...]:
-    """Cut `text` into chunks that concatenate to it, each at most `settings.maximum` tokens.
+    """Cut `text` into chunks of at most `settings.maximum` tokens, which concatenate to it.
 
-    Parts longer than the target are cut in two at a heading or a blank line, and those longer than the maximum at
-    whatever there is, as long as both sides keep the minimum. Of the possible ends the strongest is taken; among
-    equals, the one before the text with the largest digest. An end is chosen from the whole part, so an edit moves the
-    ends in its own neighbourhood only (content-defined chunking as in LBFS, SOSP'01, without its running window).
+    A part longer than the target is cut in two at a heading or a blank line; a part longer than the maximum is cut at
+    any boundary. Both sides keep the minimum if possible. The strongest boundary wins; among equals, the one before the
+    text with the largest digest. Because each boundary is chosen from the whole part, an edit only moves boundaries
+    near it (content-defined chunking as in LBFS, SOSP'01, without its sliding window).
     """
     atoms = _atoms(text, count_tokens, settings.maximum)
     ends = [0, *accumulate(atom.tokens for atom in atoms)]
@@ -69,7 +91,7 @@ def split(text: str, count_tokens: CountTokens, settings: SplitSettings) -> tupl
 def _cut(
     ends: Sequence[int], ranks: Sequence[tuple[int, str]], first: int, last: int, settings: SplitSettings
 ) -> int | None:
-    """Where the atoms [first, last) are cut in two; None if they stay one chunk."""
+    """The index at which to cut the atoms [first, last) in two; None if they stay one chunk."""
     size = ends[last] - ends[first]
     if size <= min(settings.target, settings.maximum) or last - first < 2:
         return None
@@ -78,7 +100,7 @@ def _cut(
     if low > high:
         if size <= settings.maximum:
             return None
-        # No cut leaves the minimum on both sides: the one nearest to the middle.
+        # No cut leaves the minimum on both sides, so take the one closest to the middle.
         return min(range(first + 1, last), key=lambda i: abs(2 * ends[i] - ends[first] - ends[last]))
     middle = (ends[first] + ends[last]) / 2
     best = max(range(low, high + 1), key=lambda i: (ranks[i - 1], -abs(ends[i] - middle)))
@@ -86,11 +108,11 @@ def _cut(
 
 
 def segment(text: str, count_tokens: CountTokens, minimum: int) -> tuple[str, ...]:
-    """Cut `text` where a text inside it, wherever it stands, would be cut too; the pieces concatenate to it.
+    """Cut `text` so that a text contained in it is cut in the same places wherever it stands; pieces concatenate to it.
 
-    Every paragraph of `minimum` tokens is a piece of its own; shorter ones are joined with each other. Long paragraphs
-    are cut at ends of lines and sentences that are chosen by their surrounding text alone, and at the latest where
-    `split` would.
+    Every paragraph of at least `minimum` tokens is a piece of its own; shorter ones are joined with each other. Long
+    paragraphs are cut at ends of lines and sentences chosen by the surrounding text alone, or at the latest at
+    `_LONGEST_PIECE` tokens.
     """
     pieces: list[str] = []
     small, size = "", 0
@@ -106,7 +128,7 @@ def segment(text: str, count_tokens: CountTokens, minimum: int) -> tuple[str, ..
 
 
 def _paragraphs(atoms: Sequence[_Atom]) -> Iterator[tuple[str, int]]:
-    """Paragraphs, and pieces of long ones, with their tokens."""
+    """Paragraphs, or pieces of long paragraphs, each with its number of tokens."""
     part, size = "", 0
     for index, atom in enumerate(atoms):
         part, size = part + atom.text, size + atom.tokens
@@ -124,7 +146,7 @@ def _digest(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Atom:
-    """A piece that is never cut. strength: how natural it is to cut after it, higher is better."""
+    """A piece that is never cut. strength: rank of the boundary after it; higher is a better place to cut."""
 
     text: str
     tokens: int
@@ -144,7 +166,7 @@ def _atoms(text: str, count_tokens: CountTokens, maximum: int) -> list[_Atom]:
 
 
 def _fit(text: str, size: int, strength: int, count_tokens: CountTokens, maximum: int) -> list[_Atom]:
-    """`text`, of `size` tokens, as one atom, or as several when it is longer than `maximum` tokens."""
+    """`text` (`size` tokens) as one atom, or as several if it is longer than `maximum` tokens."""
     if size <= maximum or len(text) == 1:
         return [_Atom(text, size, strength)]
     middle = len(text) // 2
@@ -161,10 +183,10 @@ _FENCE = re.compile(r"^[ \t]*(```|~~~)")
 
 
 def headings(chunks: Sequence[str], title: str | None) -> list[str]:
-    """For every chunk of a Markdown text, a line with the title and the headings that it continues under.
+    """For each chunk of a Markdown text, a line with the title and the headings that the chunk is under, or "".
 
-    A heading at the very start of a chunk is there anyway, and so is the title if it stands in the first line; lines in
-    code blocks are no headings. "" where there is nothing to say.
+    Leaves out a heading that the chunk itself starts with, and a title that is in the first line of the text. Lines in
+    code blocks do not count as headings.
     """
     lines = []
     open_ones: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""What a `KVMem` keeps, in numbers."""
+"""Statistics of a `KVMem`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,21 @@ from kvmem.store.base import StoreStats
 
 @dataclass(frozen=True)
 class DocumentStats:
-    """One document: its chunks and tokens, and the entries and bytes of KV kept of them, in any context."""
+    """Statistics of one document.
+
+    Attributes:
+        document_id: Id of the document.
+        chunks: Number of chunks.
+        tokens: Number of tokens.
+        entries: Number of stored entries of its chunks, in any context.
+        bytes: Size of these entries, in bytes.
+
+    Example:
+        ```python
+        for document in mem.stats().by_document:
+            print(document.document_id, document.tokens, document.bytes)
+        ```
+    """
 
     document_id: str
     chunks: int
@@ -20,8 +34,21 @@ class DocumentStats:
 
 @dataclass(frozen=True)
 class Stats:
-    """documents, chunks, tokens: of the corpus. store: what is kept in this namespace, of the corpus and of
-    everything else read."""
+    """Statistics of a `KVMem`.
+
+    Attributes:
+        documents: Number of documents in the corpus.
+        chunks: Number of chunks in the corpus.
+        tokens: Number of tokens in the corpus.
+        store: Statistics of all stored entries in this namespace, including those of other texts.
+        by_document: Statistics of each document.
+
+    Example:
+        ```python
+        stats = mem.stats()
+        print(stats.documents, stats.tokens, stats.store)
+        ```
+    """
 
     documents: int
     chunks: int

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import contextmanager, suppress
@@ -13,7 +11,7 @@ from types import TracebackType
 from typing import Protocol
 
 from kvmem.answer import Answer, Source
-from kvmem.any_model import AnyModel
+from kvmem.cancellation import Cancellation
 from kvmem.errors import AnswerTimeoutError, ClosedError
 from kvmem.plan import Plan
 
@@ -21,7 +19,7 @@ _END = object()
 
 
 class Listener(Protocol):
-    """What the engine tells while it works on a question."""
+    """What the engine reports while it works on a question."""
 
     def planned(self, plan: Plan, sources: tuple[Source, ...]) -> None:
         """The prompt is decided; called once, before any text."""
@@ -29,48 +27,15 @@ class Listener(Protocol):
     def text(self, piece: str) -> None:
         """The next piece of the answer."""
 
-    def cancelled(self) -> bool:
-        """Whether nobody waits for the answer any more."""
 
-
-class Deadline:
-    """A listener that nobody reads, and whose answers have to be there in time.
-
-    seconds: from now, or None. closed: asked as well; once it is true, nobody waits any more.
-    """
-
-    def __init__(self, seconds: float | None, closed: Callable[[], bool] = lambda: False) -> None:
-        self._until = None if seconds is None else time.monotonic() + seconds
-        self._closed = closed
-
-    def check(self) -> None:
-        """Raises AnswerTimeoutError or ClosedError when it is over."""
-        if self._is_late():
-            raise AnswerTimeoutError("The answers were not there in time. Give more time, or ask less at once.")
-        if self._closed():
-            raise ClosedError("This KVMem was closed before the answers were there. Open a new one.")
-
-    @contextmanager
-    def limiting(self, model: AnyModel) -> Iterator[None]:
-        """While open, work of this thread ends when it is over. Raises AnswerTimeoutError, ClosedError."""
-        try:
-            with model.giving_up(self.cancelled):
-                yield
-        except ClosedError:
-            self.check()
-            raise
-
-    def _is_late(self) -> bool:
-        return self._until is not None and time.monotonic() >= self._until
+class Silent:
+    """A listener that discards everything."""
 
     def planned(self, plan: Plan, sources: tuple[Source, ...]) -> None:
         pass
 
     def text(self, piece: str) -> None:
         pass
-
-    def cancelled(self) -> bool:
-        return self._is_late() or self._closed()
 
 
 class AnswerStream:
@@ -79,14 +44,14 @@ class AnswerStream:
     `plan` and `sources` wait until the prompt is decided; `answer` waits for the end. All three raise what the
     work raised.
 
-    timeout: seconds from now until the end of the answer; then it is cancelled, and whoever waits gets
-        AnswerTimeoutError.
+    Args:
+        cancellation: of the work. When its deadline passes, the work is cancelled, and waiting for it raises
+            AnswerTimeoutError.
     """
 
-    def __init__(self, executor: Executor, work: Callable[[Listener], Answer], timeout: float | None = None) -> None:
+    def __init__(self, executor: Executor, work: Callable[[Listener], Answer], cancellation: Cancellation) -> None:
         self._channel = _Channel()
-        self._timeout = timeout
-        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._cancellation = cancellation
         self._future: Future[Answer] = executor.submit(work, self._channel)
         self._future.add_done_callback(self._channel.finish)
 
@@ -95,9 +60,14 @@ class AnswerStream:
 
     def __next__(self) -> str:
         with self._in_time():
-            piece = self._channel.take(self._left())
+            try:
+                piece = self._channel.take(self._left())
+            except queue.Empty:
+                if not self._future.done():
+                    raise
+                piece = self._channel.take(None)  # the end is on its way
         if piece is None:
-            if not self._channel.cancelled():
+            if not self._channel.closed:
                 self._result()
             raise StopIteration
         return piece
@@ -109,12 +79,17 @@ class AnswerStream:
         """The next piece, without blocking the event loop; leaving it closes the stream."""
         try:
             with self._in_time():
-                piece = await asyncio.wait_for(self._channel.take_async(), self._left())
+                try:
+                    piece = await self._channel.take_async(self._left())
+                except TimeoutError:
+                    if not self._future.done():
+                        raise
+                    piece = await self._channel.take_async(None)  # the end is on its way
         except asyncio.CancelledError:
             self.close()
             raise
         if piece is None:
-            if not self._channel.cancelled():
+            if not self._channel.closed:
                 await self.wait()
             raise StopAsyncIteration
         return piece
@@ -175,7 +150,7 @@ class AnswerStream:
 
     def _left(self) -> float | None:
         """Seconds until the deadline."""
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        return self._cancellation.remaining
 
     @contextmanager
     def _in_time(self) -> Iterator[None]:
@@ -187,12 +162,14 @@ class AnswerStream:
                 raise
             self.close()
             raise AnswerTimeoutError(
-                f"There was no answer within {self._timeout} seconds. Give more time, or lower max_tokens."
+                f"There was no answer within {self._cancellation.timeout:g} seconds. Raise timeout, or lower "
+                "max_tokens."
             ) from None
 
     def close(self) -> None:
         """Stop generating. Pieces not yet taken are dropped; closing again does nothing."""
-        self._channel.cancel()
+        self._channel.close()
+        self._cancellation.cancel()
         self._future.cancel()
 
     def __enter__(self) -> AnswerStream:
@@ -214,7 +191,7 @@ class _Channel:
 
     def __init__(self) -> None:
         self._pieces: queue.SimpleQueue[object] = queue.SimpleQueue()
-        self._cancelled = threading.Event()
+        self.closed = False
         self._ended = False
         self._wake: Callable[[], None] | None = None
         self.decided: Future[tuple[Plan, tuple[Source, ...]] | None] = Future()
@@ -224,9 +201,6 @@ class _Channel:
 
     def text(self, piece: str) -> None:
         self._put(piece)
-
-    def cancelled(self) -> bool:
-        return self._cancelled.is_set()
 
     def finish(self, _: Future[Answer]) -> None:
         if not self.decided.done():
@@ -239,15 +213,20 @@ class _Channel:
         if wake is not None:
             wake()
 
-    def cancel(self) -> None:
-        self._cancelled.set()
-        self._ended = True
+    def close(self) -> None:
+        self.closed = self._ended = True
 
     def take(self, timeout: float | None) -> str | None:
         """The next piece, waiting for it; None at the end. Raises queue.Empty after `timeout` seconds."""
-        return None if self._ended else self._checked(self._pieces.get(timeout=timeout))
+        if self._ended:
+            return None
+        try:
+            # What is there is taken, however late.
+            return self._checked(self._pieces.get_nowait())
+        except queue.Empty:
+            return self._checked(self._pieces.get(timeout=timeout))
 
-    async def take_async(self) -> str | None:
+    async def take_async(self, timeout: float | None) -> str | None:
         """Like `take`, without blocking the event loop."""
         loop = asyncio.get_running_loop()
         arrived = asyncio.Event()
@@ -262,7 +241,8 @@ class _Channel:
             try:
                 return self._checked(self._pieces.get_nowait())
             except queue.Empty:
-                await arrived.wait()
+                async with asyncio.timeout(timeout):
+                    await arrived.wait()
                 arrived.clear()
         return None
 

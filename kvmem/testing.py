@@ -117,7 +117,7 @@ def check_store(make_store: Callable[..., Store], limited: bool = False) -> None
         (_check_missing, {}),
         (_check_delete, {}),
         (_check_find, {}),
-        (_check_documents, {}),
+        (_check_records, {}),
         (_check_namespaces, {}),
     ]
     if limited:
@@ -283,16 +283,41 @@ def _check_ttl(store: Store) -> None:
     _expect(store.put(entry) and store.get(entry.key) is not None, "it can be put again")
 
 
-def _check_documents(store: Store) -> None:
-    documents = store.documents
-    _expect(documents.get("a") is None and "a" not in documents, "an unknown document is missing")
-    documents["a"] = "eins"
-    documents["../b"] = "zwei" * 20_000
-    documents["a"] = "drei"
-    long = {"x" * length: "vier" for length in (150, 151, 300, 600)}
-    documents.update(long)
-    _expect(dict(documents) == {"a": "drei", "../b": "zwei" * 20_000, **long}, "documents come back")
-    for name in ("a", *long):
-        del documents[name]
-    _expect(list(documents) == ["../b"], "a deleted document is gone")
-    _expect(documents.pop("a", None) is None, "a document that is not there can be popped")
+def _check_records(store: Store) -> None:
+    database = store.database
+    records, others = database.records("a", "document"), database.records("b", "document")
+    _expect(records.get("x") is None and not records.delete("x"), "an unknown record is missing")
+    _expect(records.head().count == 0 and database.kinds("a") == [], "an unused kind is empty")
+    long: dict[str, dict[str, Any]] = {"x" * length: {"n": length} for length in (150, 300, 600)}
+    for key, value in {"x": {"text": "eins"}, "../y": {"text": "zwei" * 20_000}, "z\0/ü": {}, **long}.items():
+        records.put(key, value)
+    others.put("x", {"text": "theirs"})
+    before = records.head()
+    records.put("x", {"text": "drei"})
+    found = records.get("x")
+    _expect(found is not None and dict(found.value) == {"text": "drei"}, "a record is replaced")
+    keys = ["x", "../y", "z\0/ü", *long]
+    _expect(records.keys() == [record.key for record in records.scan()] == keys, "records keep their positions")
+    _expect([record.key for record in records.since(before.revision)] == ["x"], "since gives what was put after")
+    _expect(records.keys("x") == ["x", *long] and records.keys("z\0") == ["z\0/ü"], "keys are found by prefix")
+    _expect(records.head().revision > before.revision, "a change is seen in the head")
+    try:
+        with database.transaction():
+            records.put("new", {})
+            records.delete("../y")
+            raise _UndoError
+    except _UndoError:
+        if database.transactional:
+            _expect(records.keys() == keys, "a failed transaction changes nothing")
+    changed = records.head()
+    _expect(records.delete("x") and records.get("x") is None, "a deleted record is gone")
+    _expect(records.head() != changed, "a deletion is seen in the head")
+    _expect(records.clear("x") == 3, "clear removes by prefix")
+    _expect(database.kinds("a", "doc") == ["document"] and database.kinds("a", "thread") == [], "kinds are listed")
+    database.forget("a")
+    _expect(records.scan() == [] and records.head().count == 0, "forget removes a namespace")
+    _expect(others.keys() == ["x"], "and no other")
+
+
+class _UndoError(Exception):
+    pass

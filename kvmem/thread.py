@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
-from collections import Counter
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
+from uuid import uuid4
 
+from cachetools import LRUCache
+
+from kvmem.document import check_text
 from kvmem.errors import InputError, UnknownThreadError
 from kvmem.prompt import Message, Prompt, Span, as_pieces
+from kvmem.store.records import Database, Record, list_key, list_prefix
 
 # Branches of a conversation (a retry, an edited message) that are known at a time.
 _BRANCHES = 4
+# Threads whose messages this process remembers to have seen.
+_SEEN = 1024
+# Conversations that an error names.
+_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -40,88 +49,184 @@ class Branch:
         return max((edge for edge in self.edges if edge <= same), default=0)
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A thread as it was when a turn of it began.
+
+    Attributes:
+        generation: of the thread; a thread that was removed and created again has another.
+        seen: the messages that whoever asked knew of: what this process last read or wrote of the thread.
+        branches: what was computed of it with the model, newest first.
+    """
+
+    thread: str
+    generation: str
+    seen: Seen
+    branches: list[Branch]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The first messages of a thread: how many, and a digest of them."""
+
+    count: int
+    digest: str
+
+    @classmethod
+    def of(cls, messages: Sequence[Mapping[str, Any]]) -> Seen:
+        text = json.dumps([dict(message) for message in messages], sort_keys=True)
+        return cls(len(messages), hashlib.sha256(text.encode()).hexdigest())
+
+    def begins(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        return len(messages) >= self.count and Seen.of(messages[: self.count]) == self
+
+
 class Threads:
-    """The conversations of one namespace, by name, kept among a store's documents."""
+    """The conversations of one namespace, by name, as records of a store.
 
-    def __init__(self, rows: MutableMapping[str, str], namespace: str) -> None:
-        self._rows, self._namespace = rows, namespace
+    A thread has a record with its generation, and records of its messages, of its branches (in segments: a turn that
+    continues a branch appends one), and of the spans that are to be forgotten with it. So what a turn writes does not
+    grow with the conversation, and processes that continue one thread add to it.
+    """
+
+    def __init__(self, database: Database, namespace: str) -> None:
+        self._database = database
+        self._threads = database.records(namespace, "thread")
+        self._messages = database.records(namespace, "message")
+        self._branches = database.records(namespace, "branch")
+        self._spans = database.records(namespace, "thread-span")
+        self._seen: LRUCache[str, Seen] = LRUCache(_SEEN)
         self._lock = threading.Lock()
-        self._removed: Counter[str] = Counter()
-
-    def _name(self, thread: str) -> str:
-        if not isinstance(thread, str) or not thread:
-            raise InputError(f"thread={thread!r} names no conversation. Give a text that is not empty.")
-        return "thread:" + json.dumps([self._namespace, thread])
 
     def names(self) -> list[str]:
-        """Those with an answer, in alphabetical order."""
-        start = "thread:" + json.dumps([self._namespace])[:-1] + ","
-        rows = ((name, raw) for name, raw in self._rows.items() if name.startswith(start))
-        return sorted(json.loads(name.removeprefix("thread:"))[1] for name, raw in rows if json.loads(raw)["messages"])
+        """Those with messages, in alphabetical order."""
+        spoken = {json.loads(key)[0] for key in self._messages.keys()}  # noqa: SIM118
+        return sorted(spoken)
 
     def messages(self, thread: str) -> list[dict[str, Any]]:
         """The conversation so far, the last answer included. Raises UnknownThreadError."""
-        raw = self._rows.get(self._name(thread))
-        found: list[dict[str, Any]] = json.loads(raw)["messages"] if raw is not None else []
+        found = [dict(record.value) for record in self._messages.scan(list_prefix(check_name(thread)))]
         if not found:
-            raise UnknownThreadError(f"There is no conversation {thread!r}. Known are: {self.names()!r}.")
+            raise self._unknown(thread)
+        self._note_seen(thread, found)
         return found
 
-    def branches(self, thread: str, fingerprint: str) -> list[Branch]:
-        """What is known of it with that model, newest first."""
-        raw = self._rows.get(self._name(thread))
-        found = json.loads(raw)["branches"].get(fingerprint, []) if raw is not None else []
-        return [Branch(tuple(row["token_ids"]), tuple(row["edges"])) for row in found]
-
-    def removals(self, thread: str) -> int:
-        """How often it was removed, for `keep`."""
-        return self._removed[self._name(thread)] + self._removed[""]
-
-    def keep(
-        self,
-        thread: str,
-        fingerprint: str,
-        turn: Turn,
-        removals: int,
-        messages: Sequence[Message] | None = None,
-    ) -> None:
-        """Note the conversation as it is now, and what is to be removed with it.
-
-        removals: as they were when the turn began; one that was removed since stays so. messages: None, as they were.
-        """
-        branch = turn.branch
+    def _note_seen(self, thread: str, messages: Sequence[Mapping[str, Any]]) -> None:
         with self._lock:
-            if self.removals(thread) != removals:
-                return
-            raw = self._rows.get(self._name(thread))
-            row = json.loads(raw) if raw is not None else {"messages": [], "branches": {}, "spans": {}}
-            branches, spans = row["branches"], row["spans"]
-            spans[fingerprint] = sorted({*spans.get(fingerprint, ()), *turn.spans})
-            if branch is not None:
-                new = {"token_ids": list(branch.token_ids), "edges": list(branch.edges)}
-                # An older branch that this one is, or continues, adds nothing.
-                known = branches.get(fingerprint, [])
-                older = [old for old in known if new["token_ids"][: len(old["token_ids"])] != old["token_ids"]]
-                branches[fingerprint] = [new, *older][:_BRANCHES]
+            self._seen[thread] = Seen.of(messages)
+
+    def begin(self, thread: str, fingerprint: str) -> Begun:
+        """Note that a turn begins, creating the thread if there is none."""
+        with self._database.transaction():
+            record = self._threads.get(thread)
+            generation = uuid4().hex if record is None else str(record.value["generation"])
+            if record is None:
+                self._threads.put(thread, {"generation": generation})
+            with self._lock:
+                seen = self._seen.get(thread)
+            if seen is None:
+                seen = Seen.of([record.value for record in self._messages.scan(list_prefix(thread))])
+            return Begun(thread, generation, seen, list(self._known(thread, fingerprint).values()))
+
+    def _known(self, thread: str, fingerprint: str) -> dict[str, Branch]:
+        """Branches by their ids, newest first."""
+        segments: dict[str, list[Record]] = {}
+        for record in self._branches.scan(list_prefix(thread, fingerprint)):
+            segments.setdefault(json.loads(record.key)[2], []).append(record)
+        newest = sorted(segments, key=lambda name: -max(record.revision for record in segments[name]))
+        return {name: _joined(segments[name]) for name in newest}
+
+    def keep(self, begun: Begun, fingerprint: str, turn: Turn, messages: Sequence[Message] | None = None) -> bool:
+        """Write down what a turn left behind; False, and nothing is written, if the thread was removed meanwhile.
+
+        messages: all of the conversation, the answer included; None when there was no answer. They replace what is
+            there from the first difference on (a retry, an edited message), unless another process has continued the
+            thread unseen: then the turn's own messages are appended.
+        """
+        thread = begun.thread
+        with self._database.transaction():
+            record = self._threads.get(thread)
+            if record is None or record.value["generation"] != begun.generation:
+                return False
+            known = set(self._spans.keys(list_prefix(thread, fingerprint)))
+            for digest in sorted(turn.spans):
+                if (key := list_key(thread, fingerprint, digest)) not in known:
+                    self._spans.put(key, {})
+            if turn.branch is not None:
+                self._keep_branch(thread, fingerprint, turn.branch)
             if messages is not None:
-                row["messages"] = [plain_message(message) for message in messages]
-            self._rows[self._name(thread)] = json.dumps(row)
+                self._keep_messages(begun, [plain_message(message) for message in messages])
+        return True
+
+    def _keep_branch(self, thread: str, fingerprint: str, branch: Branch) -> None:
+        known = self._known(thread, fingerprint)
+        for name, old in known.items():
+            length = len(old.token_ids)
+            if branch.token_ids[:length] == old.token_ids:
+                rest = Branch(branch.token_ids[length:], tuple(edge for edge in branch.edges if edge > length))
+                if rest.token_ids:
+                    number = len(self._branches.keys(list_prefix(thread, fingerprint, name)))
+                    self._branches.put(list_key(thread, fingerprint, name, number), _segment(rest))
+                return
+        self._branches.put(list_key(thread, fingerprint, uuid4().hex, 0), _segment(branch))
+        for name in [*known][_BRANCHES - 1 :]:
+            self._branches.clear(list_prefix(thread, fingerprint, name))
+
+    def _keep_messages(self, begun: Begun, messages: list[dict[str, Any]]) -> None:
+        thread, seen = begun.thread, begun.seen
+        records = self._messages.scan(list_prefix(thread))
+        there = [record.value for record in records]
+        if len(there) > seen.count and seen.begins(there) and seen.begins(messages):
+            kept, added = len(there), messages[seen.count :]
+        else:
+            pairs = zip(there, messages, strict=False)
+            kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            added = messages[kept:]
+        for record in records[kept:]:
+            self._messages.delete(record.key)
+        # One that is damaged is not among the records, and keeps its number.
+        last = max((json.loads(key)[1] for key in self._messages.keys(list_prefix(thread))), default=-1)
+        for number, message in enumerate(added, last + 1):
+            self._messages.put(list_key(thread, number), message)
+        self._note_seen(thread, [*there[:kept], *added])
 
     def remove(self, thread: str) -> dict[str, list[str]]:
-        """Forget it; the digests of its spans, by fingerprint of the model. Raises UnknownThreadError."""
+        """Remove a thread; the digests of its spans, by fingerprint of the model. Raises UnknownThreadError."""
+        with self._database.transaction():
+            if not self._threads.delete(check_name(thread)):
+                raise self._unknown(thread)
+            found: dict[str, list[str]] = {}
+            for key in self._spans.keys(list_prefix(thread)):
+                _, fingerprint, digest = json.loads(key)
+                found.setdefault(fingerprint, []).append(digest)
+            for records in (self._messages, self._branches, self._spans):
+                records.clear(list_prefix(thread))
         with self._lock:
-            raw = self._rows.get(self._name(thread))
-            if raw is None:
-                raise UnknownThreadError(f"There is no conversation {thread!r}. Known are: {self.names()!r}.")
-            del self._rows[self._name(thread)]
-            self._removed[self._name(thread)] += 1
-        found: dict[str, list[str]] = json.loads(raw)["spans"]
+            self._seen.pop(thread, None)
         return found
 
-    def end_all(self) -> None:
-        """Keep no turn that has begun; for when every conversation is about to be removed."""
-        with self._lock:
-            self._removed[""] += 1
+    def _unknown(self, thread: str) -> UnknownThreadError:
+        names = self.names()
+        known = ", ".join(map(repr, names[:_NAMED])) + (f" and {len(names) - _NAMED} more" if names[_NAMED:] else "")
+        return UnknownThreadError(f"There is no conversation {thread!r}. Known are: {known or 'none'}.")
+
+
+def check_name(thread: str) -> str:
+    """Raises InputError for what cannot name a thread."""
+    if not isinstance(thread, str) or not thread:
+        raise InputError(f"thread={thread!r} cannot name a conversation. Give a text that is not empty.")
+    check_text(thread, "thread")
+    return thread
+
+
+def _segment(branch: Branch) -> dict[str, Any]:
+    return {"token_ids": list(branch.token_ids), "edges": list(branch.edges)}
+
+
+def _joined(segments: Sequence[Record]) -> Branch:
+    ordered = sorted(segments, key=lambda record: int(json.loads(record.key)[3]))
+    ids = [token for record in ordered for token in record.value["token_ids"]]
+    return Branch(tuple(ids), tuple(edge for record in ordered for edge in record.value["edges"]))
 
 
 def recut(prompt: Prompt, branches: Sequence[Branch]) -> Prompt:

@@ -1,4 +1,4 @@
-"""Tool calls: how tools are told to a model, and how its calls are read."""
+"""Tool calls: how tools are described to a model, and how its calls are parsed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from uuid import uuid4
 
 from kvmem.errors import InputError
-from kvmem.narrow import DATA
+from kvmem.json_schema import DATA
 from kvmem.prompt import Message, as_pieces
 
 Tool = Mapping[str, Any]
-# What a model whose template knows no tools calls when it has an answer.
+# The tool that a model calls to answer, if its chat template does not support tools.
 ANSWER: Tool = {
     "type": "function",
     "function": {
@@ -28,19 +28,39 @@ _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call of a tool. arguments: JSON, by name."""
+    """A tool call made by the model.
+
+    Attributes:
+        id: Unique id of the call.
+        name: Name of the tool.
+        arguments: The arguments by name, as JSON values.
+
+    Example:
+        ```python
+        answer = mem.chat(messages, tools=tools, tool_choice="any")
+        for call in answer.tool_calls:
+            print(call.name, call.arguments)
+        ```
+    """
 
     id: str
     name: str
     arguments: Mapping[str, Any]
 
+    def as_openai(self, *, as_text: bool = True) -> dict[str, Any]:
+        """The call in OpenAI's format; `as_text`: arguments as JSON text, as OpenAI's API has them, else a mapping."""
+        arguments: Any = json.dumps(dict(self.arguments)) if as_text else dict(self.arguments)
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
+
 
 @dataclass(frozen=True)
 class Toolbox:
-    """The tools of one answer, and how the model is to use them.
+    """The tools of one answer, and how the model must use them. Raises InputError.
 
-    tools: functions by JSON schema, as in OpenAI's API. choice: "auto", "any" (or "required"), "none", or a name.
-    native: whether the model's chat template tells it about tools. Raises InputError.
+    Attributes:
+        tools: Functions with JSON schemas, in the format of OpenAI's API.
+        choice: "auto", "any" (or "required"), "none", or the name of a tool.
+        native: Whether the model's chat template supports tools.
     """
 
     tools: tuple[Tool, ...]
@@ -54,7 +74,10 @@ class Toolbox:
                 raise InputError(f'{tool!r} is not a tool. Give {{"type": "function", "function": {{"name": ...}}}}.')
         if self.choice not in ("auto", "any", "required", "none", *self._names):
             known = ", ".join(self._names)
-            raise InputError(f"tool_choice={self.choice!r} is not one of the tools. Known are: {known}.")
+            raise InputError(
+                f"tool_choice={self.choice!r} is not one of the tools. Known are: {known}. "
+                "'auto', 'any', 'required' and 'none' are allowed as well."
+            )
 
     @property
     def _names(self) -> list[str]:
@@ -66,12 +89,12 @@ class Toolbox:
 
     @property
     def _offered(self) -> tuple[Tool, ...]:
-        """What an answer without native tools may call: a call is all it can be, so answering is one, too."""
+        """The tools a model without native tools may call. It can only make calls, so answering is a tool as well."""
         return (*self.tools, ANSWER) if self.choice == "auto" else self.tools
 
     @property
     def schema(self) -> dict[str, Any] | None:
-        """The JSON schema of the answer, or None if it is free."""
+        """The JSON schema of the answer, or None if it is unconstrained."""
         if self.choice == "none" or (self.choice == "auto" and self.native):
             return None
         functions = [tool["function"] for tool in self._offered]
@@ -80,7 +103,7 @@ class Toolbox:
         return _any_of(functions)
 
     def schema_with(self, answer: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """The same, where what is no call has to be JSON of the schema `answer`."""
+        """Like `schema`, but an answer that is not a call must follow the schema `answer`."""
         if answer is None or self.choice not in ("auto", "none"):
             return self.schema
         if self.choice == "none" or not isinstance(answer, Mapping):
@@ -88,9 +111,9 @@ class Toolbox:
         return _any_of([tool["function"] for tool in self.tools], answer)
 
     def instruct(self, messages: Sequence[Message], answer: Mapping[str, Any] | None = None) -> list[Message]:
-        """`messages`, with the tools at the end of the system message if the template does not tell them.
+        """`messages`, with the tools described in the system message if the chat template does not support tools.
 
-        answer: the schema of what is no call, as in `schema_with`.
+        answer: the schema of an answer that is not a call, as in `schema_with`.
         """
         if self.native or self.choice == "none":
             return list(messages)
@@ -109,7 +132,7 @@ class Toolbox:
         return [{"role": "system", "content": text}, *messages]
 
     def read(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
-        """The text of an answer and the calls in it: bare JSON, or in `<tool_call>` tags."""
+        """The text of an answer, and the calls in it, as bare JSON or in `<tool_call>` tags."""
         if self.choice == "none":
             return text, ()
         call = self._read(text.strip())
@@ -135,7 +158,7 @@ class Toolbox:
 
 
 def _any_of(functions: Sequence[Mapping[str, Any]], answer: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON schema of a call of one of `functions`, or of an answer."""
+    """The JSON schema of a call to one of `functions`, or of an answer."""
     defined: dict[str, Any] = {}
     schemas = []
     for number, function in enumerate(functions):
@@ -155,7 +178,7 @@ def _any_of(functions: Sequence[Mapping[str, Any]], answer: Mapping[str, Any] | 
 
 
 def _standalone(schema: Any, name: str, defined: dict[str, Any]) -> Any:
-    """`schema` for a place within another one. References count from the root: with any, it becomes a definition."""
+    """`schema` for use inside another one. References are relative to the root, so with any it becomes a definition."""
     moved = _moved(schema, f"#/$defs/{name}")
     if moved == schema:
         return schema
@@ -164,7 +187,7 @@ def _standalone(schema: Any, name: str, defined: dict[str, Any]) -> Any:
 
 
 def _moved(node: Any, root: str) -> Any:
-    """`node` with its references counting from `root`."""
+    """`node` with its references made relative to `root`."""
     if isinstance(node, list):
         return [_moved(item, root) for item in node]
     if not isinstance(node, Mapping):

@@ -4,10 +4,15 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 from kvmem import Document, KVMem, LanguageModel
+from kvmem.local import LocalBackend
+from kvmem.worker import turns_of
 
 
 def open_mem(model: LanguageModel, store: Any, **settings: Any) -> KVMem:
@@ -21,7 +26,7 @@ def gaps_while_busy(model: LanguageModel, calls: list[Callable[[], Coroutine[Any
     taken = threading.Event()
 
     def hold() -> None:
-        with model.lock:
+        with turns_of(model).lock:
             taken.set()
             time.sleep(0.5)
 
@@ -41,6 +46,21 @@ def gaps_while_busy(model: LanguageModel, calls: list[Callable[[], Coroutine[Any
         return gaps
 
     return asyncio.run(main())
+
+
+@contextmanager
+def prompts() -> Iterator[list[str]]:
+    """Every prompt that an engine runs in this process while this is open, as text."""
+    seen: list[str] = []
+    real = LocalBackend.answer
+
+    def answer(self: LocalBackend, request: Any, *args: Any, **options: Any) -> Any:
+        seen.append(str(self.local_model.tokenizer.decode(request.prompt.token_ids)))
+        return real(self, request, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalBackend, "answer", answer)
+        yield seen
 
 
 FACTS = [

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import open_mem
+from helpers import open_mem, prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
@@ -221,3 +221,42 @@ def test_raw_prompts_that_are_none_are_told(mem: KVMem, prompt: Any) -> None:
     """Empty ones, token ids of another model, and what is no prompt."""
     with pytest.raises(InputError):
         mem.complete(prompt)
+
+
+def test_a_conversation_has_the_engines_system_prompt(model: LanguageModel) -> None:
+    """As questions have; messages with a system prompt of their own keep that."""
+    with KVMem(model, None, system="Answer like a pirate.", max_tokens=2) as mem:
+        with prompts() as seen:
+            mem.chat([ASK])
+            mem.chat([SYSTEM, ASK])
+            mem.chat([ASK], context=PARAGRAPHS[:1])
+        assert ["pirate" in prompt for prompt in seen] == [True, False, True]
+        assert "You are terse" in seen[1]
+
+
+def test_conversations_in_turn_read_only_what_is_new(model: LanguageModel) -> None:
+    """Two that alternate without names: each continues its own buffer."""
+    with KVMem(model, None, max_tokens=4) as mem:
+        histories: list[list[dict[str, Any]]] = [
+            [SYSTEM, {"role": "user", "content": f"{ASK['content']} Ask {who}."}] for who in ("Anna", "Ben")
+        ]
+        for turn in range(3):
+            for messages in histories:
+                answer = mem.chat(messages, max_tokens=4)
+                if turn:
+                    assert answer.usage.computed < 120 < answer.usage.exact
+                messages += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": f"And {turn}?"}]
+
+
+def test_sources_are_ranked_by_relevance(mem: KVMem) -> None:
+    """Every source of a whole prompt has a score; those in the answer stand in the order of the prompt."""
+    mem.add_all(PARAGRAPHS)
+    answer = mem.ask("When does the ferry leave, and do dogs travel?")
+    assert answer.plan.mode == "whole"
+    scores = [source.score for source in answer.sources]
+    assert "".join(source.text for source in answer.sources) == "".join(PARAGRAPHS)
+    assert "ferry" not in answer.sources[0].text
+    assert len(set(scores)) > 1
+    best = answer.top_sources(2)
+    assert "Dogs" in best[0].text
+    assert [source.score for source in best] == sorted(scores, reverse=True)[:2]  # type: ignore[type-var]

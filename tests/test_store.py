@@ -135,11 +135,16 @@ def test_a_planted_pickle_is_never_loaded(tmp_path: Path) -> None:
     store.put(entry)
     rows = sqlite3.connect(tmp_path / "v1" / "index.sqlite")
     rows.execute("UPDATE entries SET checksum = ?, spans = ?", (bomb, bomb))
-    rows.execute("INSERT INTO documents VALUES ('d', ?)", (bomb,))
     rows.commit()
     rows.close()
     store.get(entry.key)
-    assert isinstance(store.documents["d"], str)
+    records = store.database.records("default", "document")
+    records.put("d", {"text": "A text."})
+    rows = sqlite3.connect(tmp_path / "records.sqlite")
+    rows.execute("UPDATE records SET value = ?", (bomb,))
+    rows.commit()
+    rows.close()
+    assert records.get("d") is None
     assert not Bomb.exploded
 
 
@@ -386,8 +391,8 @@ def test_an_object_store_that_fails_later_costs_time_only(
         store.scrub(entry.key.namespace)
     with open_mem(model, None) as without, open_mem(model, store) as mem:
         assert mem.ask("What?", context=["A text."]).text == without.ask("What?", context=["A text."]).text
-        documents = store.documents
-        for use in (mem.list, lambda: mem.add("A text."), mem.forget_user, lambda: documents.pop("a", None)):
+        records = store.database.records("default", "document")
+        for use in (mem.list, lambda: mem.add("A text."), mem.forget_user, lambda: records.delete("a")):
             with pytest.raises(StoreError, match="slow down"):
                 use()
 
@@ -397,40 +402,39 @@ def test_what_cannot_be_listed_is_not_taken_for_empty(tmp_path: Path, monkeypatc
     store = FsspecStore(f"file://{tmp_path}/kv")
     entry = make_entry()
     assert store.put(entry)
-    store.documents["a"] = "text"
+    records = store.database.records("default", "document")
+    records.put("a", {})
+    (file,) = (tmp_path / "kv" / "records").rglob("*.json")
     real = os.scandir
 
     def unreadable(path: str) -> Any:
-        if str(path).endswith(("documents", entry.key.group)):
+        if str(path).endswith((file.parent.name, entry.key.group)):
             raise PermissionError("not yours")
         return real(path)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", unreadable)
         with pytest.raises(StoreError, match="not yours"):
-            list(store.documents)
+            records.keys()
         with pytest.raises(StoreError, match="not yours"):
             store.scrub(entry.key.namespace)
         assert list(store.keys()) == []
-    assert list(store.documents) == ["a"]
+    assert records.keys() == ["a"]
     assert list(store.keys()) == [entry.key]
 
 
-def test_a_text_in_an_object_store_is_replaced_whole_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failure in the middle keeps the old one, what is left of the new one is found by a check, and nobody who reads
-    all of them minds that one is removed meanwhile."""
+def test_a_record_in_an_object_store_is_replaced_whole_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed write keeps the old record, and a check finds what is left of the new one."""
     store = FsspecStore(f"file://{tmp_path}/kv")
-    documents = store.documents
-    documents["a"] = "old"
+    records = store.database.records("default", "document")
+    records.put("a", {"text": "old"})
     with monkeypatch.context() as patch:
         patch.setattr(type(store._fs), "mv", lambda *_: 1 / 0)
         with pytest.raises(StoreError):
-            documents["a"] = "new"
-    assert dict(documents.items()) == {"a": "old"}
+            records.put("a", {"text": "new"})
+    assert [dict(record.value) for record in records.scan()] == [{"text": "old"}]
     assert [problem.what for problem in store.check(fix=True)] == ["temporary"]
     assert store.check() == []
-    monkeypatch.setattr(type(documents), "__iter__", lambda _: iter(["a", "gone"]))
-    assert dict(documents.items()) == {"a": "old"}
 
 
 def test_what_cannot_be_removed_from_an_object_store_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -511,7 +515,7 @@ def test_an_entry_larger_than_the_budget_is_told_and_the_answer_is_right(
     with open_mem(model, None) as unlimited, open_mem(model, tmp_path / "kv", disk_bytes=2000) as mem:
         assert mem.ask("What?", context=["A text."]).text == unlimited.ask("What?", context=["A text."]).text
         assert mem.stats().store.entries == 0
-    assert any("larger than the store may be" in record.message for record in caplog.records)
+    assert any("exceeds the store's limit" in record.message for record in caplog.records)
 
 
 def test_a_budget_on_disk_holds_and_the_corpus_survives_it(tmp_path: Path, model: LanguageModel) -> None:

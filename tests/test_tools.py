@@ -8,7 +8,7 @@ import pytest
 
 import kvmem
 from kvmem import KVMem
-from kvmem.narrow import narrow
+from kvmem.json_schema import narrow
 from kvmem.tools import Toolbox
 
 WEATHER: dict[str, Any] = {

@@ -16,6 +16,7 @@ from serving import running
 from typer.testing import CliRunner
 
 from kvmem import (
+    GenerateOptions,
     InputError,
     KVMem,
     LanguageModel,
@@ -100,7 +101,7 @@ def test_documents_conversations_and_memories_survive_here(url: str, tmp_path: P
         mem.remove("ferry")
         mem.forget_thread("t")
         assert mem.forget_user() == 0
-        assert list(mem.store.documents) == []
+        assert mem.store.database.kinds("default") == []
 
 
 def test_chunks_stand_as_they_stood_before(url: str, server: FakeVLLM) -> None:
@@ -121,7 +122,8 @@ def test_chunks_stand_as_they_stood_before(url: str, server: FakeVLLM) -> None:
 def test_streams_come_as_the_server_sends_them(mem: KVMem, server: FakeVLLM) -> None:
     """Piece by piece; stop strings, sampling and more arguments are the server's to follow."""
     server.pause = 0.01
-    pieces = list(mem.stream("x", context=["y"], stop="d", temperature=0.5, top_p=0.9, seed=3, min_tokens=2))
+    options: GenerateOptions = {"stop": "d", "temperature": 0.5, "top_p": 0.9, "seed": 3}
+    pieces = list(mem.stream("x", context=["y"], generate_kwargs={"min_tokens": 2}, **options))
     assert pieces == ["a", "b", "c"]
     sent = server.prompts[-1]
     assert [sent[name] for name in ("temperature", "top_p", "seed", "stop", "min_tokens")] == [0.5, 0.9, 3, ["d"], 2]
@@ -173,9 +175,9 @@ def test_a_broken_answer_is_told_and_the_next_one_comes(mem: KVMem, server: Fake
 
 def test_what_a_server_cannot_do_is_said(mem: KVMem) -> None:
     """Repair, tensors, and benchmarks that need the model here."""
-    with pytest.raises(InputError, match="repairs nothing"):
+    with pytest.raises(InputError, match="does not blend"):
         mem.ask("x", context=["y"], blend="query")
-    with pytest.raises(InputError, match="keeps its tensors"):
+    with pytest.raises(InputError, match="does not return KV tensors"):
         mem.prefill("x", context=["y"])
     with pytest.raises(InputError, match="runs on a server"):
         _ = mem.local_model
@@ -190,9 +192,9 @@ def test_what_a_server_cannot_do_is_said(mem: KVMem) -> None:
     [
         ({"version": "0.10.1"}, RemoteError, "structured_outputs"),
         ({"reports": False}, RemoteError, "--enable-prompt-tokens-details"),
-        ({"tells_ids": False}, RemoteError, "does not say what it reuses"),
-        ({"window": 0}, RemoteError, "how long a prompt may be"),
-        ({"shift": 1}, ModelError, "tokenizer here is not that"),
+        ({"tells_ids": False}, RemoteError, "does not report cached tokens"),
+        ({"window": 0}, RemoteError, "maximum prompt length"),
+        ({"shift": 1}, ModelError, "local tokenizer does not match"),
         ({"root": "/no/where"}, ModelNotFoundError, "tokenizer '/no/where'"),
         ({"key": "k"}, RemoteError, "API key"),
     ],
@@ -218,7 +220,7 @@ def test_addresses_keys_and_names(saved_model: str) -> None:
             KVMem(f"{url}/other", api_key="secret-key")
     with pytest.raises(RemoteError, match="cannot be reached"):
         KVMem(f"{url}/m", retries=0)
-    with pytest.raises(InputError, match="no address"):
+    with pytest.raises(InputError, match="not a server address"):
         KVMem("vllm://host/m")
 
 
@@ -269,7 +271,7 @@ def test_a_conversation_that_is_forgotten_meanwhile_stays_so(mem: KVMem, server:
         if not ended:
             stream.close()
         assert stream.answer.finish_reason == ("length" if ended else "cancelled")
-        assert (mem.threads(), list(mem.store.documents)) == ([], [])
+        assert (mem.threads(), mem.store.database.kinds("default")) == ([], [])
     server.pause = 0.0
     mem.chat(hello, thread="t")
     assert mem.threads() == ["t"]
@@ -364,7 +366,7 @@ def test_chains_and_engines_need_another_model_string_only(url: str, tmp_path: P
     chain = CachedContextChain.from_documents([LangChainDocument(FERRY * 3, id="f")], model=url, store=str(tmp_path))
     try:
         assert chain.invoke({"input": "When?"})["answer"].startswith("abc")
-        assert chain.mem.ask("When, then?", max_tokens=1).usage.exact > 0
+        assert chain.mem.ask("When, then?", collection=chain.collection, max_tokens=1).usage.exact > 0
     finally:
         chain.mem.close()
     llm = ChatKVMem(model=url, max_tokens=3)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kvmem.entry import EntryInfo, EntryKey, KVEntry
+
+if TYPE_CHECKING:
+    from kvmem.store.records import Database
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class Store(Protocol):
     """
 
     @property
-    def documents(self) -> MutableMapping[str, str]:
-        """Small texts by name, kept as durably as entries: the corpus lives here. Raises StoreError on failure."""
+    def database(self) -> Database:
+        """The records of the store: documents, memories and conversations, kept as durably as entries."""
 
     def get(self, key: EntryKey) -> KVEntry | None:
         """The entry, or None. A damaged entry is removed and is a miss; never raises for one."""

@@ -1,4 +1,4 @@
-"""Entries as safetensors files, and back; see docs/file-format.md. No pickle is read or written anywhere."""
+"""Encodes entries as safetensors files and decodes them; see docs/file-format.md. Pickle is never used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STORED = {"int8": (torch.int8, 127.0), "fp8": (getattr(torch, "float8_e4m3fn", 
 
 
 class DamagedEntryError(Exception):
-    """A file is not an entry of this format, or not the one it is said to be."""
+    """A file is not a valid entry, or not the expected one."""
 
 
 class _Fields(Protocol):
@@ -27,17 +27,17 @@ class _Fields(Protocol):
 
 
 def check_kv_dtype(name: str) -> KVDtype:
-    """`name` if keys and values can be kept so. Raises InputError."""
+    """Return `name` if it is a supported storage type. Raises InputError."""
     if name not in ("native", *_STORED) or (name in _STORED and _STORED[name][0] is None):
-        raise InputError(f"kv_dtype={name!r} is not known to this torch. Give 'native', 'int8' or 'fp8'.")
+        raise InputError(f"kv_dtype={name!r} is not supported by this torch. Use 'native', 'int8' or 'fp8'.")
     return name  # type: ignore[return-value]
 
 
 def encode(entry: KVEntry, kv_dtype: KVDtype = "native") -> bytes:
-    """The entry as the bytes of one safetensors file.
+    """Encode an entry as the bytes of one safetensors file.
 
     With "int8" or "fp8", keys are scaled per channel (over the span's tokens) and values per token (over the
-    channels), as in KIVI (ICML'24); scales are bfloat16. Never float16, which bfloat16 models overflow.
+    channels), as in KIVI (ICML'24). Scales are bfloat16, because values of bfloat16 models can overflow float16.
     """
     tensors = {"token_ids": torch.tensor(entry.token_ids, dtype=torch.int32)}
     for number, (keys, values) in enumerate(zip(entry.keys, entry.values, strict=True)):
@@ -64,19 +64,19 @@ def encode(entry: KVEntry, kv_dtype: KVDtype = "native") -> bytes:
 
 
 def _pack(tensor: Tensor, axis: int, kv_dtype: KVDtype) -> tuple[Tensor, Tensor]:
-    """`tensor` in 8 bits, and its bfloat16 scale along `axis`."""
+    """Pack `tensor` into 8 bits; return it with its bfloat16 scale along `axis`."""
     dtype, largest = _STORED[kv_dtype]
-    # Rounded up a little: a scale rounded down would clip the largest number.
+    # Enlarged slightly: if rounding made the scale smaller, the largest number would be clipped.
     scale = (tensor.float().abs().amax(axis, keepdim=True) * (1.004 / largest)).clamp_min(1e-20).bfloat16()
     scaled = (tensor.float() / scale.float()).clamp(-largest, largest)
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype).contiguous(), scale.contiguous()
 
 
 def decode(path: Path, key: EntryKey | None) -> KVEntry:
-    """Read the entry of `key` (None: whichever it is) from `path`.
+    """Read the entry with this `key` from `path`; None accepts any entry.
 
-    Native tensors are mapped, not copied; packed ones are unpacked.
-    Raises DamagedEntryError when the file is not that entry, OSError when it cannot be opened.
+    Native tensors are memory-mapped, not copied; packed tensors are unpacked.
+    Raises DamagedEntryError if the file is not that entry, OSError if it cannot be opened.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -85,12 +85,12 @@ def decode(path: Path, key: EntryKey | None) -> KVEntry:
                 raise DamagedEntryError(f"format {header.get('format')!r} is not kvmem/{FORMAT_VERSION}")
             key = key or key_of(header)
             if key_of(header) != key:
-                raise DamagedEntryError("it belongs to another key")
+                raise DamagedEntryError("it belongs to a different key")
             names = set(file.keys())
             groups = range(sum(name.startswith("keys.") for name in names))
             token_ids = tuple(file.get_tensor("token_ids").tolist())
             if digest_tokens(token_ids) != key.tokens:
-                raise DamagedEntryError("its token ids are not those of its key")
+                raise DamagedEntryError("its token ids do not match its key")
             dtype = getattr(torch, header["dtype"])
             keys = tuple(_tensor(file, names, f"keys.{n}", dtype) for n in groups)
             values = tuple(_tensor(file, names, f"values.{n}", dtype) for n in groups)
@@ -98,7 +98,7 @@ def decode(path: Path, key: EntryKey | None) -> KVEntry:
             states = tuple(file.get_tensor(f"states.{n}") for n in recurrent)
             spans = tuple(json.loads(header["spans"]))
             return KVEntry(key, token_ids, int(header["start"]), spans, keys, values, states)
-    # RuntimeError is what torch raises when a file that was there a moment ago cannot be mapped.
+    # torch raises RuntimeError if the file disappears before it is mapped.
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise DamagedEntryError(str(error)) from error
 
@@ -112,5 +112,5 @@ def _tensor(file: Any, names: set[str], name: str, dtype: torch.dtype) -> Tensor
 
 
 def key_of(fields: _Fields) -> EntryKey:
-    """The key written in a file's header or an index row. Raises KeyError when a field is missing."""
+    """The key in a file's header or an index row. Raises KeyError if a field is missing."""
     return EntryKey(fields["namespace"], fields["fingerprint"], fields["context"], fields["tokens"])

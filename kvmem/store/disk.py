@@ -1,4 +1,4 @@
-"""DiskStore: one safetensors file per entry and an index of them; an entry is on disk when `put` returns."""
+"""DiskStore: one safetensors file per entry, and an SQLite index of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,32 +23,53 @@ from kvmem.errors import InputError, StoreError
 from kvmem.store.base import Problem, StoreStats
 from kvmem.store.codec import DamagedEntryError, KVDtype, check_kv_dtype, decode, encode, key_of
 from kvmem.store.files import EntryFiles, verify_file
-from kvmem.store.index import Documents, Index
+from kvmem.store.index import ENTRIES, Index
 from kvmem.store.limits import Limits, Policy
+from kvmem.store.migrate import migrate
+from kvmem.store.sql_records import SqlDatabase
 
 logger = logging.getLogger("kvmem")
 
 Verify = Literal["first", "always", "never"]
 _FAILURES = (OSError, sqlite3.Error)
-# A process that has been busy with one file for longer than this is taken for dead.
+# A process that takes longer than this for one file is assumed to be dead.
 _ABANDONED_SECONDS = 600.0
 
 
 class DiskStore:
-    """Entries under `directory`, which several processes of one machine may share (machines: `FsspecStore`).
+    """Keeps entries in a directory, which several processes on one machine may share.
 
-    A file is written under a temporary name, synced and renamed; only then its index row is written, and a row is
-    deleted before its file. Files have names of their own, so that nobody's delete can hit another's put; those under
-    way are noted in the index, so that what a killed process leaves is known and counted until it is removed. A file
-    whose size or XXH3 checksum is not the row's is a miss, is logged, and is removed.
+    To share a store between machines, use `FsspecStore`. An entry is on disk when `put` returns: its file is written
+    under a temporary name, synced and renamed before its index row is written. On removal, the row is deleted before
+    the file. Every file has a unique name, so one process's delete cannot hit another's put. The index also lists
+    files in progress, so files left by a killed process count against the limits until they are removed. A file with
+    the wrong size or XXH3 checksum is a miss; it is logged and removed.
 
-    max_bytes, namespace_bytes, policy, ttl: see `Limits`; bytes are those of entry files, and the limits hold while
-        entries are being written, by any number of processes.
-    kv_dtype: how keys and values are kept: "native", "int8" or "fp8"; see `kvmem.store.codec`.
-    verify: whether checksums are verified when this process first loads an entry, always, or never.
+    If the file system fails (full, read-only, gone), `put` returns False and `get` misses, with one warning until it
+    works again.
 
-    A file system that fails (full, read-only, gone) makes `put` return False and `get` miss, with one warning until
-    it works again. Raises StoreError when the directory cannot be created or opened, InputError for other arguments.
+    Args:
+        directory: Where entries and documents are kept; created if missing.
+        max_bytes: Maximum total size of the entry files in bytes; None for no limit. All limits also hold while
+            several processes write.
+        namespace_bytes: Maximum size of each namespace in bytes; None for no limit. See `Limits`.
+        policy: "lru" or "lfu": which entries are evicted first.
+        ttl: Seconds after which an entry expires; None for never.
+        kv_dtype: How keys and values are stored: "native" (as computed), "int8" or "fp8".
+        verify: When checksums are verified: the "first" time this process loads an entry, "always" or "never".
+
+    Raises:
+        StoreError: The directory cannot be created or opened.
+        InputError: Another argument is invalid.
+
+    Example:
+        ```python
+        store = DiskStore("./kv", max_bytes=20_000_000_000, kv_dtype="int8")
+        with KVMem("smollm2", store) as mem:
+            mem.add("The rent is 3,200 euros a month.", id="lease")
+            print(mem.ask("What is the rent?").text)
+        store.close()
+        ```
     """
 
     def __init__(
@@ -65,12 +86,13 @@ class DiskStore:
         self.limits = Limits(max_bytes, namespace_bytes, policy, ttl)
         self.kv_dtype = check_kv_dtype(kv_dtype)
         if verify not in ("first", "always", "never"):
-            raise InputError(f"verify={verify!r} is not known. Give 'first', 'always' or 'never'.")
+            raise InputError(f"verify={verify!r} is unknown. Use 'first', 'always' or 'never'.")
         self.verify = verify
         self.directory = Path(directory).expanduser()
         root = self.directory / f"v{FORMAT_VERSION}"
         self._files = EntryFiles(root)
-        self._index = Index(root / "index.sqlite")
+        self._index = Index(root / "index.sqlite", ENTRIES)
+        self._database = SqlDatabase(self.directory / "records.sqlite")
         self._verified: dict[str, str] = {}
         self._touched: dict[str, tuple[float, int]] = {}
         self._hits: Counter[str] = Counter()
@@ -82,15 +104,28 @@ class DiskStore:
         try:
             self._files.create()
             self._index.query("SELECT 1 FROM entries LIMIT 1")
+            self._database.open()
+            self._migrate()
         except _FAILURES as error:
             raise StoreError(
                 f"The store directory {str(self.directory)!r} cannot be used: {error}. "
-                "Give a directory that is writable or can be created."
+                "Use a directory that is writable or can be created."
             ) from error
 
     @property
-    def documents(self) -> MutableMapping[str, str]:
-        return Documents(self._index)
+    def database(self) -> SqlDatabase:
+        return self._database
+
+    def _migrate(self) -> None:
+        """Migrate the records of kvmem 0.1, which were kept in the entry index as texts by name."""
+        if not self._index.query("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'documents'"):
+            return
+        rows = self._index.query("SELECT name, text FROM documents")
+        understood = migrate([(row["name"], row["text"]) for row in rows], self._database)
+        with self._index.transaction() as connection:
+            connection.executemany("DELETE FROM documents WHERE name = ?", [(name,) for name in understood])
+            if len(understood) == len(rows):
+                connection.execute("DROP TABLE documents")
 
     # Reading
 
@@ -116,9 +151,9 @@ class DiskStore:
                 self._verified[key.digest] = row["checksum"]
             return replace(decode(path, key), expires=row["expires"])
         except (DamagedEntryError, FileNotFoundError) as error:
-            # Another process may just have evicted the entry: then there is nothing wrong, and no row any more.
+            # If another process has just evicted the entry, its row is gone too and nothing is wrong.
             if self._forget([key.digest], only=row["checksum"]):
-                logger.warning("kvmem: %s was not usable (%s); it is removed and will be computed again", path, error)
+                logger.warning("kvmem: %s is damaged (%s); it was removed and will be recomputed", path, error)
         except OSError as error:
             self._failed("read", error)
         return None
@@ -128,7 +163,7 @@ class DiskStore:
         return rows[0] if rows else None
 
     def _rows(self, sql: str, *values: str) -> list[sqlite3.Row]:
-        """Rows of a query that ends in a comparison with the present time; none when the index fails."""
+        """Rows of a query whose last parameter is the current time; empty if the index fails."""
         try:
             return self._index.query(sql, (*values, time.time()))
         except _FAILURES as error:
@@ -165,7 +200,7 @@ class DiskStore:
         return StoreStats(entries, size, hits, misses, self._evicted)
 
     def _counters(self, where: str, value: str) -> tuple[int, int]:
-        """Hits and misses that were written down."""
+        """Hits and misses stored in the index."""
         sql = f"SELECT TOTAL(hits) AS h, TOTAL(misses) AS m FROM counters WHERE {where}"  # noqa: S608
         try:
             row = self._index.query(sql, (value,))[0]
@@ -197,11 +232,11 @@ class DiskStore:
         return True
 
     def _reserve(self, namespace: str, name: str, size: int) -> bool:
-        """Room for a file, counted against the limits from now on; False if there can be none."""
+        """Reserve space for a file, evicting entries if needed. Returns False if there is not enough."""
         if not self.limits.fits_at_all(size):
             logger.warning(
-                "kvmem: an entry of %d bytes is larger than the store may be (%s); it is not kept, and its text will "
-                "be read again. Raise the limit, or split documents into smaller chunks.",
+                "kvmem: an entry of %d bytes exceeds the store's limit (%s). It is not stored, and its text will be "
+                "recomputed when needed. Raise the limit, or split documents into smaller chunks.",
                 size,
                 self.limits,
             )
@@ -214,7 +249,7 @@ class DiskStore:
                 victims = self._victims(connection, namespace, size)
                 evicted: list[str] = []
                 if victims is None:
-                    logger.warning("kvmem: an entry of %d bytes is not kept: nothing may give way to it", size)
+                    logger.warning("kvmem: an entry of %d bytes is not stored: no entry can be evicted for it", size)
                 elif not victims and not doomed:
                     values = (name, namespace, size, os.getpid(), time.time())
                     connection.execute("INSERT INTO pending VALUES (?, ?, ?, ?, ?)", values)
@@ -227,7 +262,7 @@ class DiskStore:
                 return False
 
     def _victims(self, connection: sqlite3.Connection, namespace: str, size: int) -> list[str] | None:
-        """Entries that have to go before `size` more bytes fit; None if not enough may go."""
+        """Digests of entries to evict so that `size` more bytes fit; None if not enough can be evicted."""
         order = "uses, used" if self.limits.policy == "lfu" else "used"
         sql = "SELECT namespace, SUM(size) AS b FROM (SELECT namespace, size FROM entries UNION ALL "
         sql += "SELECT namespace, size FROM pending) GROUP BY namespace"
@@ -247,7 +282,7 @@ class DiskStore:
         return chosen
 
     def _admit(self, entry: KVEntry, name: str, data: bytes) -> None:
-        """The row of a written file. If another writer was first, the file goes."""
+        """Add the index row of a written file. If another writer was first, remove the file."""
         key, now, checksum = entry.key, time.time(), xxhash.xxh3_128_hexdigest(data)
         expires = None if self.limits.ttl is None else now + self.limits.ttl
         described = (key.digest, name, key.group, key.namespace, key.fingerprint, key.context, key.tokens, entry.start)
@@ -263,7 +298,7 @@ class DiskStore:
             self._unlink([name])
 
     def _doom(self, connection: sqlite3.Connection, where: str, *values: object) -> list[str]:
-        """Take rows out and note their files as pending, in one transaction; the files to unlink after it."""
+        """Delete rows and list their files as pending. Returns the files to unlink after the transaction."""
         sql = f"DELETE FROM entries WHERE {where} RETURNING digest, name, namespace, size"  # noqa: S608
         rows = connection.execute(sql, values).fetchall()
         for row in rows:
@@ -273,7 +308,7 @@ class DiskStore:
         return [row["name"] for row in rows]
 
     def _unlink(self, names: Sequence[str]) -> set[str]:
-        """Remove files that have no row, and the notes of them; those that cannot be removed stay noted and counted."""
+        """Remove files that have no row. Returns those that cannot be removed; they stay pending and counted."""
         if not names:
             return set()
         gone = {name for name in names if self._files.remove(name)}
@@ -282,7 +317,7 @@ class DiskStore:
         left = set(names) - gone
         if new := left - self._stuck:
             logger.warning(
-                "kvmem: %d files under %s cannot be removed. See whose they are, then run `kvmem doctor --fix`.",
+                "kvmem: %d files under %s cannot be removed. Check their permissions, then run `kvmem doctor --fix`.",
                 len(new),
                 self.directory,
             )
@@ -290,7 +325,7 @@ class DiskStore:
         return left
 
     def _abandoned(self, connection: sqlite3.Connection) -> list[sqlite3.Row]:
-        """Pending files of processes that are gone."""
+        """Pending files of processes that no longer run."""
         rows = connection.execute("SELECT * FROM pending").fetchall()
         late = time.time() - _ABANDONED_SECONDS
         return [row for row in rows if row["since"] < late or not _alive(row["pid"])]
@@ -332,14 +367,15 @@ class DiskStore:
             if left:
                 raise OSError(f"{len(left)} files could not be removed")
             self._index.shrink()
+            self._database.shrink()
         except _FAILURES as error:
             raise StoreError(
-                f"What was removed may still be in the files of {str(self.directory)!r}: {error}. Close processes "
+                f"Removed data may still be readable in {str(self.directory)!r}: {error}. Close other processes "
                 "that use the store, and try again."
             ) from error
 
     def _forget(self, digests: list[str] | None = None, namespace: str = "", only: str | None = None) -> int:
-        """Remove entries; with `only`, unless somebody has replaced the one with that checksum."""
+        """Remove entries and return their number. With `only`, remove just the entry with that checksum."""
         names: list[str] = []
         try:
             with self._index.transaction() as connection:
@@ -364,15 +400,15 @@ class DiskStore:
             return False
 
     def _failed(self, what: str, error: Exception) -> None:
-        """One warning, until something works again."""
+        """Log one warning until a write succeeds again."""
         if not self._failing:
-            logger.warning("kvmem: the store under %s cannot %s (%s); texts are read anew", self.directory, what, error)
+            logger.warning("kvmem: the store at %s cannot %s (%s); texts are recomputed", self.directory, what, error)
         self._failing = True
 
     # Upkeep
 
     def check(self, fix: bool = False) -> list[Problem]:
-        # Listed before the index is read: a file of somebody who begins to write later is not a stray.
+        # Listed before the index is read, so that files written in the meantime do not look like orphans.
         files = self._files.all()
         doomed: list[str] = []
         with self._index.transaction() as connection:
@@ -393,10 +429,11 @@ class DiskStore:
                         path.unlink(missing_ok=True)
                 problems.append(Problem("orphan", str(path), fix and not path.exists()))
         left = self._unlink(doomed)
+        problems += self._database.check(fix)
         return [replace(p, fixed=p.fixed and not any(name in p.where for name in left)) for p in problems]
 
     def _inspect(self, row: sqlite3.Row) -> tuple[str, str] | None:
-        """What is wrong with the file of a row, and where."""
+        """The problem with the file of a row and its location; None if there is none."""
         path = self._files.path(row["name"])
         try:
             verify_file(path, row["size"], row["checksum"])
@@ -413,6 +450,7 @@ class DiskStore:
                 with self._index.transaction() as connection:
                     self._flush_uses(connection)
         self._index.close()
+        self._database.close()
 
 
 def _alive(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""EntryFiles: the entry files of a directory, by name. It knows nothing of keys or of the index."""
+"""EntryFiles: reads and writes entry files by name, independently of keys and the index."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvmem.store.codec import DamagedEntryError
 
 
 class EntryFiles:
-    """Files under `root`; names begin with the hexadecimal digest of a key. Raises OSError."""
+    """Files under `root`. Names start with the hexadecimal digest of a key. Raises OSError."""
 
     def __init__(self, root: Path) -> None:
         self._entries, self._scratch = root / "entries", root / "tmp"
@@ -26,7 +26,7 @@ class EntryFiles:
         return self._entries / name[:2] / f"{name}.safetensors"
 
     def write(self, name: str, data: bytes) -> None:
-        """Written under a temporary name, synced, renamed; the directory synced too."""
+        """Write a file atomically and durably: temporary name, fsync, rename, fsync of the directory."""
         scratch, path = self._scratch / name, self.path(name)
         self.create()
         path.parent.mkdir(exist_ok=True)
@@ -42,7 +42,7 @@ class EntryFiles:
             os.close(handle)
 
     def remove(self, name: str) -> bool:
-        """Remove a file, finished or not; whether it is gone."""
+        """Remove a finished or temporary file. Returns whether it is gone."""
         paths = (self._scratch / name, self.path(name))
         for path in paths:
             with suppress(OSError):
@@ -50,7 +50,7 @@ class EntryFiles:
         return not any(path.exists() for path in paths)
 
     def all(self) -> list[Path]:
-        """Every file there is, temporary ones included."""
+        """All files, including temporary ones."""
         return [path for path in (*self._entries.rglob("*"), *self._scratch.rglob("*")) if path.is_file()]
 
 

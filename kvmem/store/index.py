@@ -1,4 +1,4 @@
-"""The index beside the entry files: one SQLite database that several threads and processes may use."""
+"""Index: a SQLite database that several threads and processes may use."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import ItemsView, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kvmem.errors import StoreError
-
-_SCHEMA = """
+ENTRIES = """
 CREATE TABLE IF NOT EXISTS entries (
     digest TEXT PRIMARY KEY, name TEXT NOT NULL, grp TEXT NOT NULL, namespace TEXT NOT NULL, fingerprint TEXT NOT NULL,
     context TEXT NOT NULL, tokens TEXT NOT NULL, start INTEGER NOT NULL, spans TEXT NOT NULL,
@@ -28,7 +26,6 @@ CREATE TABLE IF NOT EXISTS pending (name TEXT PRIMARY KEY, namespace TEXT NOT NU
     pid INTEGER NOT NULL, since REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS counters (namespace TEXT PRIMARY KEY, hits INTEGER NOT NULL, misses INTEGER NOT NULL)
     WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS documents (name TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -50,8 +47,8 @@ class Index:
     Raises sqlite3.Error and OSError.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, schema: str) -> None:
+        self._path, self._schema = path, schema
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._pid = 0
@@ -64,7 +61,7 @@ class Index:
             _set_wal(connection)
             connection.execute("PRAGMA synchronous=FULL")
             connection.execute("PRAGMA secure_delete=ON")
-            connection.executescript(_SCHEMA)
+            connection.executescript(self._schema)
             connection.row_factory = sqlite3.Row
             self._connection, self._pid = connection, os.getpid()
         return self._connection
@@ -75,13 +72,17 @@ class Index:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Inside, nobody else writes: neither threads nor processes. An exception undoes everything."""
+        """Inside, no other thread or process writes. An exception undoes everything. May be nested."""
         with self._lock, self._guarded() as connection:
+            if connection.in_transaction:
+                yield connection
+                return
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
             except BaseException:
-                connection.execute("ROLLBACK")
+                with suppress(sqlite3.Error):  # a failed connection is closed, which rolls back too
+                    connection.execute("ROLLBACK")
                 raise
             connection.execute("COMMIT")
 
@@ -107,51 +108,3 @@ class Index:
             if self._connection is not None and self._pid == os.getpid():
                 self._connection.close()
             self._connection = None
-
-
-class Documents(MutableMapping[str, str]):
-    """A mapping of text to text over an index. Raises StoreError when the index fails."""
-
-    def __init__(self, index: Index) -> None:
-        self._index = index
-
-    def _query(self, sql: str, *values: str) -> list[sqlite3.Row]:
-        with _told():
-            return self._index.query(sql, values)
-
-    def __getitem__(self, name: str) -> str:
-        rows = self._query("SELECT text FROM documents WHERE name = ?", name)
-        if not rows:
-            raise KeyError(name)
-        return str(rows[0]["text"])
-
-    def __setitem__(self, name: str, text: str) -> None:
-        with _told(), self._index.transaction() as connection:
-            connection.execute("INSERT OR REPLACE INTO documents VALUES (?, ?)", (name, text))
-
-    def __delitem__(self, name: str) -> None:
-        with _told(), self._index.transaction() as connection:
-            removed = connection.execute("DELETE FROM documents WHERE name = ?", (name,)).rowcount
-        if not removed:
-            raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([row["name"] for row in self._query("SELECT name FROM documents")])
-
-    def items(self) -> ItemsView[str, str]:
-        """All of them, by one query."""
-        return {row["name"]: row["text"] for row in self._query("SELECT name, text FROM documents")}.items()
-
-    def __len__(self) -> int:
-        return int(self._query("SELECT COUNT(*) AS n FROM documents")[0]["n"])
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    try:
-        yield
-    except (sqlite3.Error, OSError) as error:
-        raise StoreError(
-            f"The documents of the store cannot be read or written: {error}. Free disk space, or check the directory's "
-            "permissions; nothing was changed."
-        ) from error

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from kvmem.entry import EntryInfo, EntryKey, KVEntry
 from kvmem.store.base import Problem, StoreStats
 from kvmem.store.limits import Limits, Policy
+from kvmem.store.records import MemoryDatabase
 
 
 @dataclass(eq=False)
@@ -21,16 +21,6 @@ class _Kept:
     used: int
     uses: int = 0
     pinned: bool = False
-
-
-class _Rows(dict[str, str]):
-    """A mapping that others may change while it is iterated over."""
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.copy())
-
-    def items(self) -> Any:
-        return self.copy().items()
 
 
 class MemoryStore:
@@ -50,13 +40,13 @@ class MemoryStore:
         self._usage: Counter[str] = Counter()
         self._hits: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
-        self._documents = _Rows()
+        self._database = MemoryDatabase()
         self._clock = self._evicted = 0
         self._lock = threading.RLock()
 
     @property
-    def documents(self) -> MutableMapping[str, str]:
-        return self._documents
+    def database(self) -> MemoryDatabase:
+        return self._database
 
     def get(self, key: EntryKey) -> KVEntry | None:
         with self._lock:

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 
 from kvmem.entry import EntryInfo, EntryKey, KVEntry
 from kvmem.store.base import Problem, Store, StoreStats
+from kvmem.store.records import Database
 
 
 class TieredStore:
-    """Reads try `fast` first; writes and deletes go to `durable` first, so nothing is only in memory that could be on
-    disk. What `durable` cannot keep, `fast` still may."""
+    """A fast store in front of a durable one.
+
+    Reads try `fast` first. Writes and deletes go to `durable` first, so an entry is only in memory if `durable` could
+    not keep it.
+
+    Attributes:
+        fast: A small, fast store, such as a `MemoryStore`.
+        durable: The store that keeps everything, documents included.
+
+    Example:
+        ```python
+        store = TieredStore(MemoryStore(max_bytes=1 << 30), FsspecStore("s3://bucket/kv"))
+        with KVMem("smollm2", store) as mem:
+            mem.add("The rent is 3,200 euros a month.", id="lease")
+        ```
+    """
 
     def __init__(self, fast: Store, durable: Store) -> None:
         self.fast, self.durable = fast, durable
 
     @property
-    def documents(self) -> MutableMapping[str, str]:
-        return self.durable.documents
+    def database(self) -> Database:
+        return self.durable.database
 
     def get(self, key: EntryKey) -> KVEntry | None:
         entry = self.fast.get(key)

@@ -1,4 +1,4 @@
-"""A vLLM server in place of a model in this process."""
+"""A vLLM server as the backend, a drop-in replacement for a local model."""
 
 from __future__ import annotations
 

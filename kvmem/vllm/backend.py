@@ -1,4 +1,4 @@
-"""VLLMBackend: answers by a vLLM server, which keeps what it has read in a prefix cache of its own."""
+"""VLLMBackend: runs prompts on a vLLM server and relies on its prefix cache."""
 
 from __future__ import annotations
 
@@ -11,38 +11,61 @@ from itertools import takewhile
 from typing import Any
 
 from kvmem.answer import Answer, Prefill, Timings, Usage
+from kvmem.cancellation import Cancellation
 from kvmem.entry import EntryInfo
 from kvmem.errors import InputError
-from kvmem.generate import Sampling
-from kvmem.narrow import narrow_for
+from kvmem.json_schema import narrow_for
+from kvmem.model import LanguageModel
+from kvmem.options import Blend, Sampling
 from kvmem.prompt import Span
 from kvmem.request import Request
 from kvmem.settings import BlendSettings
-from kvmem.stream import Deadline, Listener
+from kvmem.stream import Listener, Silent
 from kvmem.thread import Branch, Turn
 from kvmem.vllm.model import VLLMModel
 from kvmem.vllm.server import Completion
 
-# Prompts that are remembered, to make others begin like them.
+# Number of recent prompts remembered, so that later ones can start the same way.
 _RECENT = 128
-# Chunks that are known to have been read; those that were forgotten are read again when they are added again.
+# Maximum number of chunk digests remembered as read. Forgotten chunks are read again when they are added again.
 _KNOWN = 200_000
-# What the checkpoint's own defaults would change, and a caller did not ask for.
+# Overrides the sampling defaults of the checkpoint, which the caller did not ask for.
 _NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 class VLLMBackend:
-    """Whole prompts go out, as token ids, salted with the namespace; what they share with earlier ones from their
-    beginning on is not read again. Nothing is moved or repaired there: what stands elsewhere is read anew."""
+    """Sends whole prompts as token ids, with the namespace as cache salt.
 
-    def __init__(self, model: VLLMModel, namespace: str) -> None:
-        self._model, self._namespace = model, namespace
+    The server reuses only the part that a prompt shares with an earlier one from the start. It cannot blend, so
+    everything after the first difference is computed.
+    """
+
+    reorders = True
+    limitation = None
+
+    def __init__(self, model: VLLMModel, namespace: str, blend: BlendSettings) -> None:
+        self._model, self._namespace, self._blend = model, namespace, blend
         self._recent: OrderedDict[tuple[str, ...], Sequence[Span]] = OrderedDict()
         self._read: set[str] = set()
         self._lock = threading.Lock()
 
+    @property
+    def local_model(self) -> LanguageModel:
+        """Raises InputError."""
+        raise InputError(f"{self._model.name} runs on a server, and this needs a model in this process.")
+
+    def parse_blend(self, blend: Blend) -> BlendSettings:
+        """See `Backend`. Raises InputError: a server does not blend."""
+        if blend is not None:
+            raise InputError(f"{self._model.name} reuses prefixes and does not blend. Leave blend out.")
+        return self._blend
+
+    def resolve(self, blend: BlendSettings) -> BlendSettings:
+        """See `Backend`."""
+        return blend
+
     def arrange(self, before: Sequence[Span], groups: Sequence[Sequence[Span]]) -> list[int]:
-        """An order in which the prompt begins like an earlier one for most blocks of the server's; then as given."""
+        """Order the groups so that the prompt shares as many cache blocks as possible with a recent prompt."""
         with self._lock:
             recent = list(self._recent.values())
         start = [span.digest for span in before]
@@ -64,16 +87,15 @@ class VLLMBackend:
         return []
 
     def forget(self, span: Span) -> None:
-        """The server lets go of it when it needs the room; until then it is reached with this namespace's salt only."""
+        """Forget that a span was read. The server evicts it later; until then only this namespace's salt hits it."""
         self._read.discard(span.digest)
 
-    def read(self, spans: Sequence[Span], in_place: str | None = None) -> None:
+    def read(self, spans: Sequence[Span], cancellation: Cancellation, in_place: frozenset[str] = frozenset()) -> None:
         ids = [token for span in spans for token in span.token_ids][: self._model.window - 1]
         options = {"max_tokens": 1, "temperature": 0.0}
         extra = {"cache_salt": self._namespace}
         server = self._model.server
-        given_up = self._model.patience()
-        server.run(server.complete(ids, options, extra, lambda _: None, given_up))
+        server.run(server.complete(ids, options, extra, lambda _: None, cancellation))
         self._note(spans)
 
     def answer(
@@ -82,11 +104,12 @@ class VLLMBackend:
         blend: BlendSettings,
         sampling: Sampling,
         listener: Listener,
+        cancellation: Cancellation,
         conversation: bool = False,
     ) -> tuple[Answer, Turn | None]:
         server = self._model.server
         prompt = request.prompt
-        found = server.run(self._complete(prompt.token_ids, sampling, listener))
+        found = server.run(self._complete(prompt.token_ids, sampling, listener, cancellation))
         self._note(prompt.spans)
         turn = None
         if conversation and found.finish_reason != "cancelled":
@@ -95,14 +118,14 @@ class VLLMBackend:
         return _answer(request, found), turn
 
     def answer_all(
-        self, requests: Sequence[Request], blend: BlendSettings, sampling: Sampling, deadline: Deadline
+        self, requests: Sequence[Request], blend: BlendSettings, sampling: Sampling, cancellation: Cancellation
     ) -> list[Answer]:
-        """All at once, as many as the server takes; the first alone, so that the others find read what they share."""
+        """Answer concurrently. The first prompt runs alone, so that the others find the shared part cached."""
         limit = asyncio.Semaphore(self._model.parallel)
 
         async def one(request: Request) -> Completion:
             async with limit:
-                return await self._complete(request.prompt.token_ids, sampling, deadline)
+                return await self._complete(request.prompt.token_ids, sampling, Silent(), cancellation)
 
         async def all_of() -> list[Completion]:
             first = await one(requests[0])
@@ -110,7 +133,7 @@ class VLLMBackend:
             try:
                 return [first, *await asyncio.gather(*rest)]
             except BaseException:
-                # Nobody will look at the others.
+                # The other answers are no longer needed.
                 for task in rest:
                     task.cancel()
                 await asyncio.gather(*rest, return_exceptions=True)
@@ -119,13 +142,15 @@ class VLLMBackend:
         if not requests:
             return []
         found = self._model.server.run(all_of())
-        deadline.check()
+        cancellation.check()
         for request in requests:
             self._note(request.prompt.spans)
         return [_answer(request, completion) for request, completion in zip(requests, found, strict=True)]
 
-    def prefill(self, request: Request, blend: BlendSettings) -> Prefill:
-        raise InputError("A vLLM server keeps its tensors to itself. Use ask(), or a model in this process.")
+    def prefill(self, request: Request, blend: BlendSettings, cancellation: Cancellation) -> Prefill:
+        raise InputError(
+            "prefill() is not available: a vLLM server does not return KV tensors. Use ask(), or a local model."
+        )
 
     def release(self) -> None:
         with self._lock:
@@ -146,19 +171,26 @@ class VLLMBackend:
             self._read.clear()
         self._read.update(span.digest for span in spans if span.document is not None)
 
-    async def _complete(self, token_ids: Sequence[int], sampling: Sampling, listener: Listener) -> Completion:
+    async def _complete(
+        self, token_ids: Sequence[int], sampling: Sampling, listener: Listener, cancellation: Cancellation
+    ) -> Completion:
         options: dict[str, Any] = {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature}
         optional = {"top_p": sampling.top_p, "stop": list(sampling.stop) or None, "seed": sampling.seed}
         options |= {name: value for name, value in optional.items() if value is not None}
-        extra: dict[str, Any] = {**_NEUTRAL, **sampling.extra, "cache_salt": self._namespace}
+        drawn = {"top_k": sampling.top_k, "min_p": sampling.min_p, "repetition_penalty": sampling.repetition_penalty}
+        given = {name: value for name, value in drawn.items() if value is not None}
+        extra: dict[str, Any] = {**_NEUTRAL, **given, **sampling.extra, "cache_salt": self._namespace}
         if sampling.schema is not None:
             schema = narrow_for(self._model, sampling.schema, sampling.max_tokens)
             extra["structured_outputs"] = {"json": schema}
-        return await self._model.server.complete(token_ids, options, extra, listener.text, listener.cancelled)
+        return await self._model.server.complete(token_ids, options, extra, listener.text, cancellation)
 
 
 def _follow(spans: Sequence[Span], groups: Sequence[Sequence[Span]]) -> tuple[list[int], int]:
-    """An order of `groups` that begins like `spans`, and how many tokens it shares with them; empty if none."""
+    """The order of `groups` that shares the longest prefix with `spans`, and that prefix's length in tokens.
+
+    The order is empty if nothing is shared.
+    """
     rest = {number: [span.digest for span in group] for number, group in enumerate(groups)}
     order: list[int] = []
     shared = place = 0

@@ -1,4 +1,4 @@
-"""VLLMModel: a model that a vLLM server runs, and its tokenizer here."""
+"""VLLMModel: a model on a vLLM server, with a local tokenizer."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kvmem.any_model import AnyModel
+from kvmem.cancellation import NEVER
 from kvmem.errors import ModelError, ModelNotFoundError, RemoteError, first_line
 from kvmem.settings import RemoteSettings
 from kvmem.vllm.server import VLLMServer
 
-# The first that knows `structured_outputs` and tells the token ids of an answer. `cache_salt`, without which namespaces
-# would share what they cached, is older.
+# The first version with `structured_outputs` and `return_token_ids`. `cache_salt`, which keeps the caches of namespaces
+# apart, is older.
 _OLDEST = (0, 11)
 _PROBE = "One text, <|im_start|>user\n1 234 <s></s> Größe\n\n"
 
 
 class VLLMModel(AnyModel):
-    """A model of a vLLM server. Prompts are made here, as token ids; keys and values stay there.
+    """A model on a vLLM server. Prompts are tokenized locally; KV stays on the server.
 
-    server: the connection. block_size: in how many tokens at a time the server reuses what it has read.
+    Attributes:
+        server: The connection.
+        block_size: Tokens per block of the server's prefix cache; only whole blocks are reused.
+        parallel: Maximum number of concurrent requests.
     """
 
     def __init__(
@@ -41,9 +45,22 @@ class VLLMModel(AnyModel):
 
     @classmethod
     def connect(cls, url: str, settings: RemoteSettings, tokenizer: PreTrainedTokenizerBase | None = None) -> VLLMModel:
-        """Find the model, and make sure that the server can do what is needed.
+        """Connect to a model and check that the server supports what kvmem needs.
 
-        Raises InputError, RemoteError when it cannot be reached or lacks something, ModelNotFoundError, ModelError.
+        Args:
+            url: `vllm://host:port/model` or `vllm+https://host:port/model`. The model may be omitted if the server has
+                only one.
+            settings: How the server is used.
+            tokenizer: The model's tokenizer; None loads the one that the settings or the server name.
+
+        Returns:
+            The connected model. Close it after use.
+
+        Raises:
+            InputError: The address is invalid.
+            RemoteError: The server cannot be reached or lacks a feature.
+            ModelNotFoundError: The server does not serve the model, or its tokenizer cannot be loaded.
+            ModelError: The local tokenizer differs from the server's.
         """
         server = VLLMServer(url, settings)
         try:
@@ -64,7 +81,7 @@ class VLLMModel(AnyModel):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies what token ids mean to the model; what they were read as is the server's."""
+        """Identifies the model and its tokenizer. Unlike a local model's, it does not cover weights and dtype."""
         vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
         parts = [self.server.model, vocabulary, str(self.tokenizer.chat_template)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
@@ -75,45 +92,47 @@ class VLLMModel(AnyModel):
     def _check(self, version: str) -> None:
         server = self.server
         if not self._window:
-            raise RemoteError(f"{server.address} does not say how long a prompt may be. Is it a vLLM server?")
+            raise RemoteError(
+                f"{server.address} does not report its maximum prompt length. Check that it is a vLLM server."
+            )
         there, here = server.run(server.tokenize(_PROBE)), self.tokenize(_PROBE, markup=True)
         if tuple(there) != here:
             raise ModelError(
-                f"The tokenizer here is not that of {server.model!r} at {server.address}. "
-                "Name the model's own: tokenizer='directory or hub id'."
+                f"The local tokenizer does not match that of {server.model!r} at {server.address}. "
+                "Give the model's own as tokenizer='directory or hub id'."
             )
         self.block_size = server.run(server.block_size())
         if not self._reports_reuse():
             raise RemoteError(
-                f"{server.address} (vLLM {version}) does not say what it reuses. Start it with "
-                "--enable-prompt-tokens-details, and without --no-enable-prefix-caching."
+                f"{server.address} (vLLM {version}) does not report cached tokens. Start it with "
+                "--enable-prompt-tokens-details and without --no-enable-prefix-caching."
             )
 
     def _reports_reuse(self) -> bool:
-        """Whether a prompt that was read twice is said to have been, and the tokens of an answer are told."""
+        """Whether the server reports cached tokens for a repeated prompt, and the token ids of answers."""
         count = min(2 * self.block_size + 1, self._window - 1)
         ids = self.tokenize(_PROBE * (1 + count // 8), markup=False)[:count]
         options, extra = {"max_tokens": 1, "temperature": 0.0}, {"cache_salt": uuid.uuid4().hex}
 
         async def twice() -> Sequence[Any]:
-            return [await self.server.complete(ids, options, extra, lambda _: None, lambda: False) for _ in range(2)]
+            return [await self.server.complete(ids, options, extra, lambda _: None, NEVER) for _ in range(2)]
 
         again = self.server.run(twice())[-1]
         return bool(again.cached and again.token_ids)
 
 
 def _version(server: VLLMServer) -> str:
-    """The server's version. Raises RemoteError when it is too old, or no vLLM."""
+    """The server's version. Raises RemoteError if it is too old or not vLLM."""
     try:
         found = str(server.run(server.get("/version"))["version"])
     except (ModelNotFoundError, TypeError, KeyError):
         raise RemoteError(
-            f"{server.address} is no vLLM server: it does not tell a version. For other servers use their own clients."
+            f"{server.address} is not a vLLM server: it does not report a version. Only vLLM servers are supported."
         ) from None
     numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
     if numbers < _OLDEST and "dev" not in found:
         raise RemoteError(
-            f"{server.address} runs vLLM {found}, which lacks what is needed (return_token_ids, structured_outputs). "
+            f"{server.address} runs vLLM {found}, without required features (return_token_ids, structured_outputs). "
             f"Upgrade it to {'.'.join(map(str, _OLDEST))} or later."
         )
     return found
@@ -129,7 +148,7 @@ def _find(server: VLLMServer, models: Any) -> dict[str, Any]:
             return card
     raise ModelNotFoundError(
         f"{server.address} serves {', '.join(map(repr, names)) or 'nothing'}, not {server.model!r}. "
-        f"Give vllm://host:port/{names[0] if names else 'model'}."
+        f"Use vllm://host:port/{names[0] if names else 'model'}."
     )
 
 
@@ -138,6 +157,6 @@ def _load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
-            f"The tokenizer {name!r} that the server names is not here: {first_line(error)}. "
-            "Give tokenizer='directory or hub id' of the same model."
+            f"The tokenizer {name!r} could not be loaded: {first_line(error)}. "
+            "Give the tokenizer of the served model as tokenizer='directory or hub id'."
         ) from error

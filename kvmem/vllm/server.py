@@ -1,4 +1,4 @@
-"""VLLMServer: what is said to a vLLM server, by OpenAI's client, and what its errors mean."""
+"""VLLMServer: talks to a vLLM server through OpenAI's client and translates its errors."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from kvmem.answer import FinishReason
+from kvmem.cancellation import Cancellation
 from kvmem.errors import ClosedError, InputError, KVMemError, ModelNotFoundError, RefusedError, RemoteError, first_line
 from kvmem.settings import RemoteSettings
 
 try:
     import openai
 except ImportError as error:
-    raise InputError("A vLLM server is spoken to with OpenAI's client: pip install 'kvmem[vllm]'.") from error
+    raise InputError("A vLLM server requires OpenAI's client. Install it with: pip install 'kvmem[vllm]'") from error
 
 T = TypeVar("T")
-# Seconds between two looks at whether anybody still waits.
-_GLANCE = 0.05
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a server made of a prompt.
+    """The result of one prompt.
 
-    token_ids, generated: of the answer. cached: tokens of the prompt that were in the prefix cache; 0 for an answer
-        that was cancelled, since that is told at the end. first_token: perf_counter seconds.
+    token_ids, generated: token ids and token count of the answer. prompt: token count of the prompt. cached: prompt
+        tokens found in the prefix cache; 0 for a cancelled answer, because the server reports it at the end.
+    first_token: when the first token arrived, in `time.perf_counter()` seconds.
     """
 
     text: str
@@ -44,7 +44,7 @@ class Completion:
 
 
 class VLLMServer:
-    """One model of one server. Its calls run in an event loop of their own, so that any can be given up."""
+    """One model on one server. Calls run in a separate event loop, so that they can be cancelled."""
 
     def __init__(self, url: str, settings: RemoteSettings) -> None:
         parts = urlsplit(url)
@@ -53,7 +53,7 @@ class VLLMServer:
         except ValueError:
             port = None
         if not parts.hostname or port is None:
-            raise InputError(f"{url!r} is no address of a server. Give vllm://host:port/model.")
+            raise InputError(f"{url!r} is not a server address. Use vllm://host:port/model.")
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
         self.address = f"{'https' if parts.scheme == 'vllm+https' else 'http'}://{host}:{port}"
         self.model = parts.path.strip("/")
@@ -67,11 +67,11 @@ class VLLMServer:
         self._thread.start()
 
     def run(self, call: Coroutine[Any, Any, T]) -> T:
-        """Wait for `call`, from any other thread."""
+        """Run `call` and wait for it. Call this from any other thread."""
         return asyncio.run_coroutine_threadsafe(call, self._loop).result()
 
     def close(self) -> None:
-        """Calling it again does nothing."""
+        """Close the connection. Calling it again does nothing."""
         if not self._loop.is_running():
             return
         with suppress(Exception):
@@ -82,12 +82,12 @@ class VLLMServer:
         self._loop.close()
 
     async def get(self, path: str) -> Any:
-        """What stands at a path: JSON, or text. Raises RemoteError."""
+        """GET a path and return its JSON or text. Raises RemoteError."""
         async with self._told():
             return await self._client.with_options(base_url=self.address).get(path, cast_to=object)
 
     async def tokenize(self, text: str) -> list[int]:
-        """As the server does it, without special tokens of its own. Raises RemoteError."""
+        """Tokenize on the server, without added special tokens. Raises RemoteError."""
         body = {"model": self.model, "prompt": text, "add_special_tokens": False}
         async with self._told():
             client = self._client.with_options(base_url=self.address)
@@ -96,7 +96,7 @@ class VLLMServer:
         return tokens
 
     async def block_size(self) -> int:
-        """In how many tokens at a time the server reuses; 16, which is vLLM's default, when it does not say."""
+        """Tokens per block of the prefix cache; vLLM's default of 16 if the server does not report it."""
         try:
             found = re.search(r'cache_config_info\{[^}]*\bblock_size="(\d+)"', str(await self.get("/metrics")))
         except KVMemError:
@@ -109,15 +109,15 @@ class VLLMServer:
         options: dict[str, Any],
         extra: dict[str, Any],
         emit: Callable[[str], None],
-        cancelled: Callable[[], bool],
+        cancellation: Cancellation,
     ) -> Completion:
-        """Continue `token_ids`, until nobody waits any more. options: of OpenAI's API; extra: vLLM's own.
+        """Continue `token_ids`, until cancelled. options: of OpenAI's API; extra: vLLM's own.
 
-        Raises RemoteError, InputError, and ClosedError when it was cancelled before its first token.
+        Raises RemoteError, InputError, and ClosedError if cancelled before the first token.
         """
         text, reason, usage, first = "", None, None, 0.0
         said: list[int] = []
-        watched = _Watched(cancelled)
+        watched = _Watched(cancellation)
         async with self._told():
             stream = await watched.wait(
                 self._client.completions.create(
@@ -130,6 +130,7 @@ class VLLMServer:
                 )
             )
             if stream is None:
+                cancellation.check()
                 raise ClosedError("The question was cancelled before its first token. Ask again.")
             async with stream:
                 pieces = aiter(stream)
@@ -144,10 +145,11 @@ class VLLMServer:
                             emit(choice.text)
         if watched.over:
             if not first:
+                cancellation.check()
                 raise ClosedError("The question was cancelled before its first token. Ask again.")
             return Completion(text, tuple(said), "cancelled", len(said), len(token_ids), 0, first)
         if reason not in ("stop", "length") or usage is None:
-            raise RemoteError(f"{self.address} ended an answer for no known reason ({reason}). See its log; ask again.")
+            raise RemoteError(f"{self.address} ended an answer unexpectedly ({reason}). Check its log and try again.")
         cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details is not None else 0
         ended: FinishReason = "stop" if reason == "stop" else "length"
         count = usage.completion_tokens
@@ -155,52 +157,66 @@ class VLLMServer:
 
     @asynccontextmanager
     async def _told(self) -> AsyncIterator[None]:
-        """The errors of the client, as ours."""
+        """Translate the client's errors to kvmem's."""
         try:
             yield
         except openai.AuthenticationError as error:
-            raise RemoteError(f"{self.address} does not accept the API key. Give the server's as api_key=.") from error
+            raise RemoteError(f"{self.address} rejected the API key. Give the correct one as api_key=.") from error
         except openai.NotFoundError as error:
-            raise ModelNotFoundError(f"{self.address} has no such model or path: {first_line(error)}.") from error
+            raise ModelNotFoundError(
+                f"{self.address} has no such model or path: {first_line(error)}. Check the address."
+            ) from error
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            raise RefusedError(f"{self.address} does not take the request: {first_line(error)}. Change it.") from error
+            raise RefusedError(f"{self.address} rejected the request: {first_line(error)}. Change it.") from error
         except openai.APIStatusError as error:
-            raise RemoteError(f"{self.address} failed: {first_line(error)}. Look at its log; ask again.") from error
+            raise RemoteError(f"{self.address} failed: {first_line(error)}. Check its log and try again.") from error
         except KVMemError:
             raise
-        except Exception as error:  # what breaks off in the middle of a stream is of the library below the client
+        except Exception as error:  # errors in the middle of a stream come from the client's HTTP library
             if "Timeout" in type(error).__name__:
                 what = "did not answer in time. Raise read_timeout"
             else:
-                what = f"cannot be reached, or broke off: {first_line(error.__cause__ or error)}. Check that it runs"
-            raise RemoteError(f"{self.address} {what}, and ask again.") from error
+                what = (
+                    f"cannot be reached or broke off the connection: {first_line(error.__cause__ or error)}. "
+                    "Check that it runs"
+                )
+            raise RemoteError(f"{self.address} {what}, and try again.") from error
 
 
 _END: Any = object()
 
 
 class _Watched:
-    """Waits for one thing after the other, until somebody gives up."""
+    """Waits for one thing after the other, until the work is cancelled."""
 
-    def __init__(self, cancelled: Callable[[], bool]) -> None:
-        self._cancelled = cancelled
+    def __init__(self, cancellation: Cancellation) -> None:
+        self._cancellation = cancellation
         self.over = False
 
     async def wait(self, call: Any) -> Any:
-        """What `call` gives, or None when it was given up."""
-        task = asyncio.ensure_future(call)
-        while not task.done():
-            try:
-                await asyncio.wait([task], timeout=_GLANCE)
-            except asyncio.CancelledError:
-                task.cancel()
-                raise
-            if self._cancelled():
-                self.over = True
-                task.cancel()
-                await asyncio.wait([task])
-                # It may have come about just now; the server would go on writing.
-                if not task.cancelled() and task.exception() is None and hasattr(task.result(), "close"):
-                    await task.result().close()
-                return None
-        return task.result()
+        """The result of `call`, or None when it was cancelled."""
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop may be closed by now
+                loop.call_soon_threadsafe(stop.set)
+
+        task, stopping = asyncio.ensure_future(call), asyncio.ensure_future(stop.wait())
+        try:
+            with self._cancellation.calling(wake):
+                timeout = self._cancellation.remaining
+                await asyncio.wait([task, stopping], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        finally:
+            stopping.cancel()
+        if task.done() and not self._cancellation.stopped:
+            return task.result()
+        self.over = True
+        task.cancel()
+        await asyncio.wait([task])
+        # It may have finished just now; the server would go on generating.
+        if not task.cancelled() and task.exception() is None and hasattr(task.result(), "close"):
+            await task.result().close()
+        return None

@@ -1,4 +1,4 @@
-"""JSON schemas made narrower, so that a small model can finish what they ask for."""
+"""Narrow JSON schemas, so that a small model can complete the JSON they describe."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ Schema = Mapping[str, Any]
 
 _SAMPLE = "The night ferry leaves Port Ellery at ten past nine and reaches Saint Orrin at dawn, in any weather."
 _LARGEST_INTEGER = 2**53
-# How many elements a list of no given length may well get.
+# Assumed length of a list without maxItems.
 _LIKELY_ITEMS = 4
-# What holds data of the user's.
+# Keywords that hold user data.
 DATA = {"const", "enum", "default", "examples"}
-# What holds schemas by names of the user's; of definitions only those count that something refers to.
+# Keywords that hold schemas under user-chosen names. Definitions count only where something refers to them.
 _DEFINITIONS = {"$defs", "definitions"}
 _BY_NAME = _DEFINITIONS | {"properties", "patternProperties", "dependentSchemas"}
-# What applies to the same value as the schema around it.
+# Keywords whose schemas apply to the same value as the surrounding schema.
 _COMBINING = {"allOf", "anyOf", "oneOf", "$ref", "then", "else", "dependentSchemas"}
-# A narrower one here would make the whole wider.
+# Keywords whose schemas must not be narrowed: that would widen the whole.
 _NEGATED = {"not", "if"}
-# What says something of an object's properties.
+# Keywords that constrain an object's properties.
 _OF_OBJECTS = {
     "properties",
     "patternProperties",
@@ -39,26 +39,26 @@ _OF_OBJECTS = {
 
 
 def narrow_for(model: AnyModel, schema: Schema, max_tokens: int) -> dict[str, Any]:
-    """`schema`, narrowed so that its JSON has a good chance to be complete after `max_tokens`. Raises InputError."""
+    """Narrow `schema` so that its JSON is likely to be complete within `max_tokens`. Raises InputError."""
     if not isinstance(schema, Mapping):
-        raise InputError(f"The schema is a {type(schema).__name__}. Give a JSON schema, as a mapping.")
+        raise InputError(f"The schema is a {type(schema).__name__}. Give a JSON schema as a mapping.")
     try:
         names = json.dumps(dict.fromkeys(property_names(schema), ""))
-        # Rambling is made of short words: fewer characters by token than a text has.
+        # Rambling consists of short words, so it has fewer characters per token than ordinary text.
         characters = 0.6 * len(_SAMPLE) / model.count_tokens(_SAMPLE)
         return narrow(schema, int(characters * max(0, max_tokens - model.count_tokens(names))))
     except (TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise InputError(f"The schema is not one: {first_line(error)}. Give a JSON schema.") from error
+        raise InputError(f"The schema is not valid: {first_line(error)}. Give a JSON schema.") from error
     except RecursionError:
-        raise InputError("The schema is too deep. Give a flatter one.") from None
+        raise InputError("The schema is nested too deeply. Give a flatter one.") from None
 
 
 def narrow(schema: Schema, characters: int) -> dict[str, Any]:
-    """A schema whose JSON is valid under `schema` too, and that a small model can finish.
+    """A schema that accepts a subset of what `schema` accepts, and that a small model can complete.
 
-    Objects that list their properties get no more, strings of no given length share `characters`, and integers are
-    those that JSON's readers agree on: a small model would fill any of them until the answer is cut off in the middle.
-    What another schema says something of too is left as it is.
+    Objects allow only the properties they list, strings without a length limit share `characters`, and integers are
+    limited to what all JSON parsers represent exactly. Without this, a small model fills any of them until the answer
+    is cut off. Values that several schemas apply to are left unchanged.
     """
     longest = max(16, characters // max(1, _count_strings(schema)))
     combined = _combined(schema)
@@ -75,7 +75,8 @@ def narrow(schema: Schema, characters: int) -> dict[str, Any]:
             found.setdefault("additionalProperties", False)
         if _is_open_string(found):
             found["maxLength"] = max(longest, found.get("minLength", 0))
-        if found.get("type") == "integer" and not found.keys() & {"enum", "const"}:
+        # JSON's readers make infinity of a number with a large exponent.
+        if found.get("type") in ("integer", "number") and not found.keys() & {"enum", "const"}:
             low, high = (found.get(n, found.get(f"exclusive{n.capitalize()}")) for n in ("minimum", "maximum"))
             if low is None and (high is None or high > -_LARGEST_INTEGER):
                 found["minimum"] = -_LARGEST_INTEGER
@@ -95,13 +96,13 @@ def narrow(schema: Schema, characters: int) -> dict[str, Any]:
 
 
 def _may_close(node: Schema) -> bool:
-    """Whether an object of the properties that are listed, and no others, can be all that is asked for."""
+    """Whether an object with only the listed properties can satisfy the schema."""
     required = node.get("required", [])
     return not node.keys() & {"minProperties", "enum", "const"} and set(required) <= set(node["properties"])
 
 
 def _combined(schema: Schema) -> set[int]:
-    """Identities of the schemas that may apply to a value beside others that say something of it."""
+    """Ids (`id()`) of the schemas that may apply to a value together with other schemas."""
     found: set[int] = set()
     seen: set[tuple[int, bool]] = set()
 
@@ -125,7 +126,7 @@ def _combined(schema: Schema) -> set[int]:
 
 
 def _parts(node: Schema) -> Iterator[tuple[str, Any]]:
-    """The schemas in a schema, each with the keyword that it stands under."""
+    """The direct subschemas of a schema, each with its keyword."""
     for name, value in node.items():
         if name in DATA:
             continue
@@ -137,7 +138,7 @@ def _parts(node: Schema) -> Iterator[tuple[str, Any]]:
 
 
 def _resolve(schema: Schema, reference: Any) -> Any:
-    """What a reference within the schema stands for; None for any other."""
+    """The target of a reference within the schema; None for any other reference."""
     if not isinstance(reference, str) or not reference.startswith("#"):
         return None
     found: Any = schema
@@ -151,7 +152,7 @@ def _resolve(schema: Schema, reference: Any) -> Any:
 
 
 def property_names(node: Any) -> list[str]:
-    """The names of all properties that a schema lists, at any depth."""
+    """The names of all properties listed in a schema, at any depth."""
     if not isinstance(node, Mapping):
         return []
     own = list(node["properties"]) if isinstance(node.get("properties"), Mapping) else []
