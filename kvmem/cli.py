@@ -19,19 +19,19 @@ from kvmem.console import Model, Threads, err, errors, expand, out
 from kvmem.document import as_document
 from kvmem.serve.cli import serve
 
-app = typer.Typer(help="Ask questions over documents that the model has read once.", no_args_is_help=True)
+app = typer.Typer(help="Ask questions about documents that the model reads only once.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.command()(compare)
 app.command()(serve)
 
-StorePath = Annotated[Path, typer.Option("--store", envvar="KVMEM_STORE", help="Where caches are kept.")]
-Namespace = Annotated[str, typer.Option(envvar="KVMEM_NAMESPACE", help="Whose documents these are.")]
+StorePath = Annotated[Path, typer.Option("--store", envvar="KVMEM_STORE", help="Directory of the store.")]
+Namespace = Annotated[str, typer.Option(envvar="KVMEM_NAMESPACE", help="Namespace (tenant).")]
 DEFAULT_STORE = Path(".kvmem")
 
 
 @contextmanager
 def _opened(model: str, store: Path, threads: int | None, namespace: str) -> Iterator[KVMem]:
-    """An engine, closed in the end."""
+    """Open an engine and close it at the end."""
     with errors():
         with err.status(f"Loading {escape(model)} …"):
             mem = KVMem(model, store, threads=threads, namespace=namespace)
@@ -47,7 +47,7 @@ def add(
     threads: Threads = None,
     namespace: Namespace = "default",
 ) -> None:
-    """Read documents, once. A file that was read before is replaced; only what changed is read."""
+    """Add documents. A file added before is replaced, and only the changed parts are read."""
     with _opened(model, store, threads, namespace) as mem:
         files = [file for path in paths for file in expand(path)]
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -72,10 +72,10 @@ def ask(
     store: StorePath = DEFAULT_STORE,
     threads: Threads = None,
     namespace: Namespace = "default",
-    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum answer length in tokens.")] = 128,
     blend: Annotated[str | None, typer.Option(help="Selector: query, deviation, first_k, none or all.")] = None,
 ) -> None:
-    """Answer a question from the documents."""
+    """Answer a question from the added documents."""
     with _opened(model, store, threads, namespace) as mem:
         stream = mem.stream(question, max_tokens=max_tokens, blend=blend)
         for piece in stream:
@@ -93,7 +93,7 @@ def _sources(answer: Answer) -> str:
 
 
 def account(answer: Answer) -> str:
-    """One line: tokens of each class, and the time to the first token."""
+    """One line with the token counts by class and the time to the first token."""
     usage = answer.usage
     return (
         f"{usage.prompt} prompt tokens: {usage.exact} exact, {usage.reused} reused, "
@@ -104,15 +104,15 @@ def account(answer: Answer) -> str:
 
 @app.command()
 def chat(
-    thread: Annotated[str, typer.Option(help="The conversation's name; it goes on where it was left.")] = "default",
+    thread: Annotated[str, typer.Option(help="Name of the conversation; an existing one is continued.")] = "default",
     model: Model = "smollm2",
     store: StorePath = DEFAULT_STORE,
     threads: Threads = None,
     namespace: Namespace = "default",
-    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 200,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum answer length in tokens.")] = 200,
     system: Annotated[str, typer.Option(help="The system prompt.")] = "You are a helpful assistant. Be brief.",
 ) -> None:
-    """Talk to the model; it knows the documents, remembers what it is told to, and goes on after a restart."""
+    """Chat with the model. It knows the documents, keeps memories, and continues after a restart."""
     with errors():
         from kvmem.terminal import Chat
 
@@ -129,7 +129,7 @@ def stats(
     threads: Threads = None,
     namespace: Namespace = "default",
 ) -> None:
-    """What is kept of this namespace: by document, and in all."""
+    """Show what is stored in this namespace, by document and in total."""
     with _opened(model, store, threads, namespace) as mem:
         found = mem.stats()
         for row in found.by_document:
@@ -138,7 +138,7 @@ def stats(
         kept, rate = found.store, found.store.hit_rate
         out.print(
             f"In namespace {namespace}: {found.documents} documents, {found.chunks} chunks, {found.tokens} tokens; "
-            f"{kept.entries} entries, {kept.bytes / 1e6:.1f} MB kept, other texts that were read included; "
+            f"{kept.entries} entries, {kept.bytes / 1e6:.1f} MB stored (including texts that are not documents); "
             f"hit rate {'unknown' if rate is None else format(rate, '.0%')}",
             highlight=False,
             markup=False,
@@ -149,12 +149,12 @@ def stats(
 @app.command()
 def doctor(
     store: StorePath = DEFAULT_STORE,
-    fix: Annotated[bool, typer.Option("--fix", help="Remove what is damaged or left over.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Remove damaged and leftover files.")] = False,
 ) -> None:
-    """Look for inconsistencies in a store, and count by namespace. Exit code 1 if any were not mended."""
+    """Check a store for problems and show its size by namespace. Exit code 1 if any problem was not fixed."""
     with errors():
         if not store.is_dir():
-            raise StoreError(f"There is no store at {str(store)!r}. Give the directory that --store named.")
+            raise StoreError(f"There is no store at {str(store)!r}. Give its directory as --store.")
         from kvmem.store import DiskStore
 
         opened = DiskStore(store)
@@ -173,13 +173,13 @@ def doctor(
 
 @app.command()
 def remove(
-    id: Annotated[str, typer.Argument(help="As `kvmem stats` shows it.")],  # noqa: A002
+    id: Annotated[str, typer.Argument(help="Document id, as shown by `kvmem stats`.")],  # noqa: A002
     model: Model = "smollm2",
     store: StorePath = DEFAULT_STORE,
     threads: Threads = None,
     namespace: Namespace = "default",
 ) -> None:
-    """Remove a document and its caches."""
+    """Remove a document and its entries."""
     with _opened(model, store, threads, namespace) as mem:
         mem.remove(id)
         out.print(f"Removed {id}", highlight=False, markup=False)
@@ -191,7 +191,7 @@ def check(
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     dtype: Annotated[str, typer.Option(help="'auto', 'bfloat16', 'float16' or 'float32'.")] = "auto",
 ) -> None:
-    """Find out by running it whether caches of a model can be moved and repaired. Exit code 1 if they cannot."""
+    """Test by running it whether a model's entries can be reused at other positions. Exit code 1 if not."""
     import json
     from dataclasses import asdict
 
@@ -204,10 +204,10 @@ def check(
         out.print_json(json.dumps(asdict(report)))
     else:
         table = Table("check", "result", title=escape(report.model), title_justify="left")
-        table.add_row("caches can be moved and repaired", f"{'yes' if report.blendable else 'no'}: {report.reason}")
-        table.add_row("moved keys, relative error", f"{report.rotation_error}")
+        table.add_row("entries can be blended", f"{'yes' if report.blendable else 'no'}: {report.reason}")
+        table.add_row("rotated keys, relative error", f"{report.rotation_error}")
         table.add_row("all recomputed, KL to full prefill", f"{report.all_divergence}")
-        table.add_row("exact reuse, KL to full prefill", f"{report.exact_divergence:.2g}")
+        table.add_row("exact entries, KL to full prefill", f"{report.exact_divergence:.2g}")
         for budget, divergence in report.divergence.items():
             table.add_row(f"{float(budget):.0%} recomputed, KL", f"{divergence:.4f}")
         table.add_row('recompute="auto"', f"{report.recompute}")
@@ -217,17 +217,17 @@ def check(
 
 @app.command()
 def advise(
-    corpus_tokens: Annotated[int, typer.Option(min=1, help="Tokens of all your documents.")],
+    corpus_tokens: Annotated[int, typer.Option(min=1, help="Total tokens in your documents.")],
     queries: Annotated[float, typer.Option(min=0, help="Questions per day.")],
-    updates: Annotated[float, typer.Option(min=0, help="Changes of documents per day.")] = 0.0,
-    update_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read anew at a change.")] = 600,
-    rag_tokens: Annotated[int, typer.Option(min=1, help="Tokens that RAG would retrieve for a question.")] = 2000,
+    updates: Annotated[float, typer.Option(min=0, help="Document changes per day.")] = 0.0,
+    update_tokens: Annotated[int, typer.Option(min=1, help="Tokens to read again per change.")] = 600,
+    rag_tokens: Annotated[int, typer.Option(min=1, help="Tokens that RAG would retrieve per question.")] = 2000,
     model: Model = "smollm2",
     store: StorePath = DEFAULT_STORE,
     threads: Threads = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Whether cached context or RAG is less work here: measured on this machine, with your numbers."""
+    """Estimate whether cached context or RAG is cheaper on this machine, for your workload."""
     import json
     from dataclasses import asdict
 
@@ -254,7 +254,7 @@ def advise(
     out.print(table)
     rate = 1 / measured.linear if measured.linear else float("inf")
     out.print(
-        f"Measured: {rate:.0f} tokens/s read, {measured.load_bandwidth / 1e6:.0f} MB/s loaded, "
+        f"Measured: prefill {rate:.0f} tokens/s, loading {measured.load_bandwidth / 1e6:.0f} MB/s, "
         f"{measured.bytes_per_token} bytes of KV per token.",
         style="dim",
         highlight=False,

@@ -14,18 +14,18 @@ from kvmem.errors import KVMemError, UnknownThreadError
 from kvmem.memory import Memory
 
 _HELP = """\
-/remember TEXT   keep something about you, for every conversation
-/memories        show what is remembered
-/forget ID       forget one of them
-/new             begin this conversation anew
-/help            show this
-/quit            leave; the conversation goes on next time"""
+/remember TEXT   save a memory for all conversations
+/memories        list the memories
+/forget ID       delete a memory
+/new             clear this conversation and start over
+/help            show this help
+/quit            quit; the conversation continues next time"""
 
 
 class Chat:
-    """One conversation. Documents of the engine and memories are in its prompt.
+    """A conversation in the terminal. Its prompt includes the engine's documents and the memories.
 
-    read: asks for a line; raises EOFError at the end.
+    read: prompts the user for a line; raises EOFError at the end of input.
     """
 
     def __init__(self, mem: KVMem, thread: str, console: Console, read: Callable[[str], str], k: int = 5) -> None:
@@ -37,8 +37,8 @@ class Chat:
             self._messages = []
 
     def run(self) -> None:
-        """Until the user leaves."""
-        self._note(f"Conversation {self._thread!r}, {len(self._messages) // 2} turns so far. /help shows commands.")
+        """Run until the user quits."""
+        self._note(f"Conversation {self._thread!r}, {len(self._messages) // 2} turns so far. Type /help for commands.")
         while True:
             try:
                 line = self._read("> ").strip()
@@ -63,7 +63,7 @@ class Chat:
                 self._console.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
         except KeyboardInterrupt:
             stream.close()
-            self._note("\nStopped; the conversation goes on without this turn.")
+            self._note("\nStopped. This turn is not part of the conversation.")
             return
         answer = stream.answer
         self._messages = [*messages, {"role": "assistant", "content": answer.text}]
@@ -81,7 +81,7 @@ class Chat:
         elif name == "/forget" and rest.strip():
             found = [item for item in self._memory.list() if item.id.startswith(rest.strip())]
             if len(found) != 1:
-                self._note(f"{len(found)} memories have an id that begins so. /memories shows them.")
+                self._note(f"{len(found)} memories have an id that starts with this. /memories lists them.")
             else:
                 self._memory.forget(found[0].id)
                 self._note("Forgotten.")
@@ -98,10 +98,10 @@ class Chat:
 
 
 def status(answer: Answer) -> str:
-    """One line: what was reused and computed, and the time to the first token."""
+    """A status line: reused and computed tokens, and the time to the first token."""
     usage = answer.usage
     seen = usage.exact + usage.reused
-    dropped = f" · the oldest {answer.plan.dropped} messages were left out" if answer.plan.dropped else ""
+    dropped = f" · oldest {answer.plan.dropped} messages left out" if answer.plan.dropped else ""
     return (
         f"{seen} of {usage.prompt} prompt tokens reused, {usage.recomputed + usage.computed} computed · "
         f"first token after {answer.timings.first_token:.2f} s{dropped}"

@@ -60,7 +60,7 @@ def test_memories_are_kept_and_used(mem: KVMem) -> None:
     shown = talk(mem, "/remember The ferry leaves at nine.", "When does the ferry leave?", "/memories", "/forget zzz")
     (item,) = Memory(mem).list()
     assert f"{item.id[:8]}  The ferry leaves at nine." in shown
-    assert "0 memories have an id that begins so" in shown
+    assert "0 memories" in shown
     assert "Forgotten." in talk(mem, f"/forget {item.id[:8]}")
     assert Memory(mem).list() == []
 

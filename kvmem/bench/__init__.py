@@ -1,1 +1,1 @@
-"""Benchmarks that anyone can run: `kvmem bench fidelity`, `kvmem bench speed`, `kvmem bench task`."""
+"""The benchmarks of `kvmem bench`, which anyone can run."""

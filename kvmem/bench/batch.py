@@ -1,4 +1,4 @@
-"""Throughput of several questions over one corpus: one after the other, and decoded together."""
+"""Throughput of several questions over one corpus, asked one by one and as a batch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from kvmem.model import LanguageModel
 def run(
     model: LanguageModel, questions: Sequence[Question], *, size: int = 4000, batch: int = 8, repeats: int = 3
 ) -> dict[str, Any]:
-    """Ask `batch` questions over passages of about `size` tokens, warm, both ways in turn, `repeats` times.
+    """Ask `batch` questions over passages of about `size` tokens, one by one and as a batch, `repeats` times.
 
-    tokens: answers as long as the model makes them, and answers of exactly 32 tokens.
+    Entries are warm. Measured with answers of up to 32 tokens and with answers of exactly 32 tokens.
     """
     passages: list[str] = []
     for question in questions:
@@ -57,12 +57,12 @@ def run(
 
 
 def table(result: dict[str, Any]) -> Table:
-    """Every measurement, for a terminal."""
+    """All measurements as a terminal table."""
     title = f"{result['model']}: {result['settings']['batch']} questions over one prefix, tokens per second"
-    shown = Table("answers", "one by one", "together", "ratio", "equal answers", title=title)
+    shown = Table("answers", "one by one", "batch", "ratio", "equal answers", title=title)
     for row in result["rows"]:
         shown.add_row(
-            "32 tokens each" if row["fixed"] else "as they end",
+            "32 tokens each" if row["fixed"] else "up to 32 tokens",
             f"{row['single_tokens'] / row['single_seconds']:.1f}",
             f"{row['batch_tokens'] / row['batch_seconds']:.1f}",
             f"{row['speedup']:.2f}",

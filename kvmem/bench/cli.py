@@ -10,21 +10,21 @@ import typer
 from kvmem import LanguageModel, ModelSettings
 from kvmem.console import Model, Threads, errors, out
 
-bench = typer.Typer(help="Benchmarks; each writes JSON and prints a table.", no_args_is_help=True)
+bench = typer.Typer(help="Run benchmarks. Each writes JSON and prints a table.", no_args_is_help=True)
 
 
 @bench.command()
 def fidelity(
-    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
+    data: Annotated[Path, typer.Option(help="JSON file of questions in MuSiQue's format.")],
     model: Model = "smollm2",
-    passages: Annotated[list[int] | None, typer.Option(help="Passages per prompt; may be repeated.")] = None,
+    passages: Annotated[list[int] | None, typer.Option(help="Passages per prompt; can be repeated.")] = None,
     examples: Annotated[int, typer.Option(min=1)] = 40,
-    offset: Annotated[int, typer.Option(min=0, help="Questions to skip.")] = 0,
+    offset: Annotated[int, typer.Option(min=0, help="Number of questions to skip.")] = 0,
     seed: int = 0,
     threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="A directory for JSON and the plot.")] = Path("bench-results"),
+    output: Annotated[Path, typer.Option(help="Output directory for JSON and the plot.")] = Path("bench-results"),
 ) -> None:
-    """How close every way of blending comes to full prefill."""
+    """Measure how close each blend setting comes to full prefill."""
     with errors():
         from kvmem.bench import fidelity as benchmark
         from kvmem.bench.common import load_questions, write_json
@@ -41,14 +41,14 @@ def fidelity(
 
 @bench.command()
 def speed(
-    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
+    data: Annotated[Path, typer.Option(help="JSON file of questions in MuSiQue's format.")],
     model: Model = "smollm2",
-    size: Annotated[list[int] | None, typer.Option(help="Prompt tokens, about; may be repeated.")] = None,
+    size: Annotated[list[int] | None, typer.Option(help="Approximate prompt tokens; can be repeated.")] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     threads: Annotated[int, typer.Option(min=1)] = 1,
-    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
+    output: Annotated[Path, typer.Option(help="Output directory for JSON.")] = Path("bench-results"),
 ) -> None:
-    """Time to the first token and decoding speed, as ratios to plain transformers in the same process."""
+    """Measure time to the first token and decoding speed relative to plain transformers in the same process."""
     with errors():
         from kvmem.bench import speed as benchmark
         from kvmem.bench.common import load_questions, write_json
@@ -64,9 +64,9 @@ def task(
     cases: Annotated[int, typer.Option(min=1)] = 80,
     seed: int = 0,
     threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
+    output: Annotated[Path, typer.Option(help="Output directory for JSON.")] = Path("bench-results"),
 ) -> None:
-    """Whether answers stay right that hang on what stands before a chunk."""
+    """Measure accuracy on questions whose answer depends on the text before a chunk."""
     with errors():
         from kvmem.bench import task as benchmark
         from kvmem.bench.common import write_json
@@ -79,15 +79,15 @@ def task(
 
 @bench.command("batch")
 def bench_batch(
-    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
+    data: Annotated[Path, typer.Option(help="JSON file of questions in MuSiQue's format.")],
     model: Model = "smollm2",
-    size: Annotated[int, typer.Option(min=1, help="Prompt tokens, about.")] = 4000,
-    batch: Annotated[int, typer.Option(min=2, help="Questions.")] = 8,
+    size: Annotated[int, typer.Option(min=1, help="Approximate prompt tokens.")] = 4000,
+    batch: Annotated[int, typer.Option(min=2, help="Questions per batch.")] = 8,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
+    output: Annotated[Path, typer.Option(help="Output directory for JSON.")] = Path("bench-results"),
 ) -> None:
-    """Questions decoded together against questions asked one after the other."""
+    """Compare a batch of questions with the same questions asked one by one."""
     with errors():
         from kvmem.bench import batch as benchmark
         from kvmem.bench.common import load_questions, write_json
@@ -100,15 +100,15 @@ def bench_batch(
 
 @bench.command()
 def frameworks(
-    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
+    data: Annotated[Path, typer.Option(help="JSON file of questions in MuSiQue's format.")],
     model: Model = "smollm2",
     examples: Annotated[int, typer.Option(min=1)] = 8,
-    k: Annotated[int, typer.Option(min=1, help="Passages retrieved for a question.")] = 4,
+    k: Annotated[int, typer.Option(min=1, help="Passages to retrieve per question.")] = 4,
     passes: Annotated[int, typer.Option(min=1)] = 2,
     threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
+    output: Annotated[Path, typer.Option(help="Output directory for JSON.")] = Path("bench-results"),
 ) -> None:
-    """RAG in LangChain and LlamaIndex: their own Hugging Face models against ours, over the same weights."""
+    """Compare RAG in LangChain and LlamaIndex: their Hugging Face models and kvmem, with the same weights."""
     with errors():
         from kvmem.bench import frameworks as benchmark
         from kvmem.bench.common import load_questions, write_json
@@ -121,14 +121,16 @@ def frameworks(
 
 @bench.command()
 def conversation(
-    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format; their passages are the documents.")],
+    data: Annotated[
+        Path, typer.Option(help="JSON file of questions in MuSiQue's format; their passages are the documents.")
+    ],
     model: Model = "smollm2",
     turns: Annotated[int, typer.Option(min=2)] = 20,
     seed: int = 0,
     threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="A directory for JSON and the plot.")] = Path("bench-results"),
+    output: Annotated[Path, typer.Option(help="Output directory for JSON and the plot.")] = Path("bench-results"),
 ) -> None:
-    """A conversation whose memories and documents change every turn, against reading its prompts anew."""
+    """Measure a conversation whose memories and documents change every turn, against full prefill."""
     with errors():
         from kvmem.bench import conversation as benchmark
         from kvmem.bench.common import load_questions, write_json
@@ -142,13 +144,13 @@ def conversation(
 
 @bench.command("store")
 def bench_store(
-    data: Annotated[Path, typer.Option(help="Questions in MuSiQue's format.")],
+    data: Annotated[Path, typer.Option(help="JSON file of questions in MuSiQue's format.")],
     model: Model = "smollm2",
     examples: Annotated[int, typer.Option(min=1)] = 12,
     threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
+    output: Annotated[Path, typer.Option(help="Output directory for JSON.")] = Path("bench-results"),
 ) -> None:
-    """How fast entries come from disk, and what packing them to 8 bits costs."""
+    """Measure how fast entries load from disk, and what packing them to 8 bits costs."""
     with errors():
         from kvmem.bench import store as benchmark
         from kvmem.bench.common import load_questions, write_json
@@ -163,13 +165,13 @@ def bench_store(
 @bench.command("serve")
 def bench_serve(
     model: Model = "smollm2",
-    seconds: Annotated[float, typer.Option(min=1, help="How long the crowd asks.")] = 60.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Duration of the load test.")] = 60.0,
     clients: Annotated[int, typer.Option(min=1)] = 16,
-    leaving: Annotated[int, typer.Option(min=1, help="Clients that leave early.")] = 50,
+    leaving: Annotated[int, typer.Option(min=1, help="Number of clients that disconnect early.")] = 50,
     threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="A directory for JSON.")] = Path("bench-results"),
+    output: Annotated[Path, typer.Option(help="Output directory for JSON.")] = Path("bench-results"),
 ) -> None:
-    """A server in another process: a coding agent, a crowd, clients that leave, and more than may wait."""
+    """Test a server: a coding agent, concurrent clients, disconnecting clients, and a full queue."""
     with errors():
         from kvmem.bench import serve as benchmark
         from kvmem.bench.common import write_json
@@ -182,8 +184,8 @@ def bench_serve(
 
 @bench.command()
 def report(
-    results: Annotated[Path, typer.Argument(help="A directory of JSON results.")] = Path("docs/benchmarks"),
-    output: Annotated[Path, typer.Option(help="The Markdown file to write.")] = Path("docs/benchmarks.md"),
+    results: Annotated[Path, typer.Argument(help="Directory of JSON results.")] = Path("docs/benchmarks"),
+    output: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/benchmarks.md"),
 ) -> None:
     """Render results as Markdown."""
     from kvmem.bench.report import render

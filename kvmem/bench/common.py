@@ -1,4 +1,4 @@
-"""What the benchmarks share: questions, the machine, statistics, JSON."""
+"""Shared code of the benchmarks: questions, machine information, statistics, JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kvmem.settings import BlendSettings
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its passages, in the order given."""
+    """A question with its passages, in the order of the file."""
 
     question: str
     passages: tuple[str, ...]
@@ -34,7 +34,10 @@ class Question:
 
 
 def load_questions(path: Path) -> list[Question]:
-    """Questions in MuSiQue's format: `[{"ctxs": [{"title", "text"}], "question", "answers"}]`. Raises InputError."""
+    """Load questions in MuSiQue's format: `[{"ctxs": [{"title", "text"}], "question", "answers"}]`.
+
+    Raises InputError.
+    """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         questions = []
@@ -50,7 +53,7 @@ def load_questions(path: Path) -> list[Question]:
 
 
 def describe(model: LanguageModel, **settings: Any) -> dict[str, Any]:
-    """What a result must say about where it comes from."""
+    """The provenance of a result: model, machine, versions and settings."""
     return {
         "model": model.name,
         "fingerprint": model.fingerprint,
@@ -79,16 +82,16 @@ def _cpu() -> str:
 
 
 def _bfloat16() -> str:
-    """The instructions that the CPU has for products of bfloat16."""
+    """The CPU's instruction set for bfloat16 matrix products."""
     found = {"AMX": "_is_amx_tile_supported", "AVX-512": "_is_avx512_bf16_supported"}
     checks = ((name, getattr(torch.cpu, check, None)) for name, check in found.items())
     return next((name for name, check in checks if check is not None and check()), "none")
 
 
 class PeakMemory:
-    """While open, watches this process's private memory, pages of files not counted. Linux only.
+    """Context manager that watches this process's private memory, without file pages. Linux only.
 
-    taken: bytes that it grew by at its peak; None where it cannot be read.
+    taken: peak growth in bytes; None if it cannot be read.
     """
 
     def __init__(self) -> None:
@@ -123,7 +126,7 @@ def _private_bytes() -> int | None:
 
 
 class Clock(BaseStreamer):
-    """A streamer of transformers' `generate` that notes when tokens come: first the prompt, then each of the answer."""
+    """A streamer for transformers' `generate` that records when the prompt and each answer token arrive."""
 
     def __init__(self) -> None:
         self.stamps: list[float] = []
@@ -137,7 +140,7 @@ class Clock(BaseStreamer):
 
 @torch.no_grad()
 def along(model: LanguageModel, state: Prefill, answer: Sequence[int]) -> Tensor:
-    """Log-probabilities, float32 [answer, vocab], of the state's model along `answer`. Uses the state up."""
+    """Log-probabilities along `answer`, float32 [answer, vocab]. Modifies the state's cache."""
     rows = [state.logits[None].to(model.device)]
     if len(answer) > 1:
         ids = torch.tensor([answer[:-1]], device=model.device)
@@ -146,9 +149,11 @@ def along(model: LanguageModel, state: Prefill, answer: Sequence[int]) -> Tensor
 
 
 def agreement(truth: Tensor, found: Tensor) -> dict[str, float]:
-    """How far log-probabilities `found` are from `truth`, both [answer, vocab].
+    """Compare log-probabilities `found` with `truth`, both [answer, vocab].
 
-    The mean KL in nats, the share of tokens with the same first choice, and whether the first token has it."""
+    kl: mean KL divergence in nats. top1: share of tokens with the same top choice. first: the same for the first
+    token only.
+    """
     divergence = (truth.exp() * (truth - found)).sum(-1)
     same = truth.argmax(-1) == found.argmax(-1)
     return {"kl": float(divergence.mean()), "top1": float(same.float().mean()), "first": float(same[0])}

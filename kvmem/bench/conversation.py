@@ -1,7 +1,7 @@
-"""A conversation of an agent: memories and documents change every turn, and what it costs to go on.
+"""An agent conversation whose memories and documents change every turn.
 
-Every turn's prompt is the system message, the user's profile, the memories that are recalled, the documents that are
-retrieved, the history, and the new message. Against it stands reading all of that anew.
+Each prompt consists of the system message, the user's profile, recalled memories, retrieved documents, the history and
+the new message. The baseline is full prefill of the same prompt.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _WORDS = ("And what of that", "Tell me more about it", "Why is that so", "Say it
 def run(
     model: LanguageModel, questions: Sequence[Question], *, turns: int = 20, seed: int = 0, tokens: int = 24
 ) -> dict[str, Any]:
-    """Run the conversation once; every turn is then read anew by the model alone, for comparison.
+    """Run the conversation once. After each turn, its prompt is also prefilled in full, for comparison.
 
-    The script, the documents and the memories are drawn with `seed`; two of the passages and two memories change in a
-    turn. The engine is closed and opened again in the middle.
+    The script, documents and memories are sampled with `seed`. Each turn uses two random passages and two memories.
+    The engine is closed and reopened halfway.
     """
     draw = random.Random(seed)
     passages = sorted((text for question in questions[:10] for text in question.passages), key=len)[20:28]
@@ -64,7 +64,7 @@ def run(
                 context = [*memory.context(about, 2), *draw.sample(passages, 2)]
                 messages.append({"role": "user", "content": f"{draw.choice(_WORDS)}? It is question {turn}. {about}"})
                 answer = mem.chat(messages, context=context, thread="bench")
-                ids = mem._requests.for_messages(0.0, messages, context, tokens, None).prompt.token_ids
+                ids = mem.build_prompt(messages, context=context).prompt.token_ids
                 full = _read_anew(model, ids)
                 usage = answer.usage
                 rows.append(
@@ -91,7 +91,7 @@ def run(
 
 
 def _read_anew(model: LanguageModel, ids: Sequence[int]) -> float:
-    """Seconds until the model alone has read the prompt; the better of two."""
+    """Seconds for full prefill of the prompt by plain transformers; the better of two runs."""
     seconds = []
     for _ in range(2):
         began = time.perf_counter()
@@ -104,7 +104,7 @@ def _read_anew(model: LanguageModel, ids: Sequence[int]) -> float:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Tokens computed, and the time to the first token, turn by turn."""
+    """Plot tokens computed and time to the first token, by turn."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -113,15 +113,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
     rows = result["rows"]
     turns = [row["turn"] for row in rows]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.plot(
-        turns, [row["prompt_tokens"] for row in rows], label="prompt: what reading anew computes", color="#888888"
-    )
+    left.plot(turns, [row["prompt_tokens"] for row in rows], label="prompt (computed by full prefill)", color="#888888")
     left.plot(
         turns, [row["work"] for row in rows], label="computed by kvmem", color="#c2410c", marker="o", markersize=3
     )
     left.set(xlabel="turn", ylabel="tokens", ylim=(0, None))
     right.plot(turns, [row["ratio"] for row in rows], color="#c2410c", marker="o", markersize=3)
-    right.set(xlabel="turn", ylabel="first token ÷ reading anew", ylim=(0, None))
+    right.set(xlabel="turn", ylabel="first token ÷ full prefill", ylim=(0, None))
     for axis in (left, right):
         axis.axvline(result["restart_before_turn"] - 0.5, color="#cccccc", linestyle="--", zorder=0)
         axis.grid(alpha=0.2)
@@ -133,8 +131,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """Turn by turn, for a terminal."""
-    shown = Table("turn", "prompt", "computed", "first token", "÷ reading anew", title=result["model"])
+    """All turns as a terminal table."""
+    shown = Table("turn", "prompt", "computed", "first token", "÷ full prefill", title=result["model"])
     for row in result["rows"]:
         shown.add_row(
             str(row["turn"]),

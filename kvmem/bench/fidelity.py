@@ -1,8 +1,8 @@
-"""How close a blended cache is to full prefill.
+"""Measures how close a blended cache is to full prefill.
 
-For every question: full prefill of the prompt, the model's own greedy answer, and its next-token distributions along
-that answer. Then, for every way of blending, the distributions of the blended cache along the same answer
-(teacher-forced). Passages were each read behind the prompt's prefix only.
+For every question, the model prefills the full prompt and answers greedily; its next-token distributions along that
+answer are the reference. Each blend setting is then compared along the same answer (teacher-forced). The entry of each
+passage was computed with only the prompt's prefix as context.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def run(
     seed: int = 0,
     variants: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Measure every variant on every question with its first `passages` passages.
+    """Measure every variant on every question, using its first `passages` passages.
 
-    tokens: the longest answer compared. seed: of the bootstrap; the rest is deterministic.
+    tokens: maximum answer length. seed: for the bootstrap; everything else is deterministic.
     """
     variants = VARIANTS if variants is None else variants
     examples = [_example(model, q, passages, tokens, variants) for q in track(questions, f"{passages} passages")]
@@ -71,7 +71,7 @@ def _example(
             mem.prefill(question.question, context=[passage])
         ids, truth, answer = _full(mem, question.question, context, tokens)
         found = {}
-        # "all" comes last: it makes every entry exact.
+        # "all" comes last, because it replaces every entry with an exact one.
         for name, blend in sorted(variants.items(), key=lambda item: item[1]["selector"] == "all"):
             prefill = mem.prefill(question.question, context=context, blend=BlendSettings.parse(blend))
             found[name] = agreement(truth, along(model, prefill, answer)) | {"recomputed": prefill.usage.recomputed}
@@ -79,7 +79,7 @@ def _example(
 
 
 def _full(mem: KVMem, question: str, context: list[str], tokens: int) -> tuple[Tensor, Tensor, list[int]]:
-    """The prompt's ids, and the model's own greedy answer with its log-probabilities [answer, vocab]."""
+    """The prompt's token ids, and the model's greedy answer with its log-probabilities [answer, vocab]."""
     model = mem.local_model
     ids = mem.prefill(question, context=context, blend="none").token_ids
     output = model.hf.generate(
@@ -95,7 +95,7 @@ def _full(mem: KVMem, question: str, context: list[str], tokens: int) -> tuple[T
 
 
 def summarise(examples: Sequence[dict[str, Any]], name: str, seed: int) -> dict[str, Any]:
-    """KL (mean, median, p90), agreement, and the paired geometric-mean KL ratio to CacheBlend at 15%."""
+    """KL (mean, median, p90), agreement, and the paired geometric-mean KL ratio to CacheBlend's rule at 15%."""
     rows = [example["variants"][name] for example in examples]
     kl = np.array([row["kl"] for row in rows])
     result: dict[str, Any] = {
@@ -108,7 +108,7 @@ def summarise(examples: Sequence[dict[str, Any]], name: str, seed: int) -> dict[
     }
     if all(BASELINE in example["variants"] for example in examples):
         base = np.array([example["variants"][BASELINE]["kl"] for example in examples])
-        # Below 1e-6 both are rounding; the floor keeps such pairs from dominating a ratio.
+        # Values below 1e-6 are rounding; the floor keeps them from dominating the ratio.
         logs = np.log(np.maximum(kl, 1e-6) / np.maximum(base, 1e-6))
         low, high = bootstrap(logs.tolist(), lambda x: float(np.mean(x)), seed)
         result["ratio"] = float(np.exp(logs.mean()))
@@ -117,7 +117,7 @@ def summarise(examples: Sequence[dict[str, Any]], name: str, seed: int) -> dict[
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The summary, for a terminal."""
+    """The summary as a terminal table."""
     title = f"{result['model']}, {result['settings']['passages']} passages, {result['settings']['examples']} questions"
     shown = Table("", "KL mean", "median", "p90", "top-1", "first", f"KL ÷ {BASELINE} [95%]", title=title)
     for name, row in result["summary"].items():
@@ -129,7 +129,7 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Mean KL against the recomputed fraction, one line per kind of blending, one panel per result."""
+    """Plot mean KL against the recomputed share: one line per selector, one panel per result."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -146,7 +146,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
             lines.setdefault(kind, []).append((100 * blend["recompute"], result["summary"][name]["kl_mean"]))
         for kind, points in lines.items():
             axis.plot(*zip(*sorted(points), strict=True), marker="o", label=kind)
-        axis.axhline(result["summary"]["none"]["kl_mean"], color="grey", linestyle=":", label="no repair")
+        axis.axhline(result["summary"]["none"]["kl_mean"], color="grey", linestyle=":", label="none recomputed")
         axis.set(xlabel="recomputed, % of chunk tokens", ylabel="mean KL to full prefill", yscale="log")
         axis.set_title(f"{result['model']}, {result['settings']['passages']} passages")
     axes[0][0].legend(fontsize=8)

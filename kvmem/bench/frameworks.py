@@ -1,4 +1,4 @@
-"""The same RAG pipelines of LangChain and LlamaIndex with their own Hugging Face models and with ours, in one run."""
+"""Compares RAG pipelines in LangChain and LlamaIndex with their Hugging Face models and with kvmem."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ _SYSTEM = "Answer briefly from the context."
 def run(
     model: LanguageModel, questions: Sequence[Question], *, k: int = 4, passes: int = 2, tokens: int = 24
 ) -> dict[str, Any]:
-    """Ask every question by every pipeline, in turn, `passes` times over. All retrieve the same `k` passages by BM25.
+    """Ask every question with every pipeline, `passes` times. All retrieve the same `k` passages by BM25.
 
-    The corpus are the passages of all questions. Every pipeline of ours has a store of its own on disk, empty at first.
-    Needs langchain-huggingface and llama-index-llms-huggingface.
+    The corpus is the passages of all questions. Each kvmem pipeline starts with its own empty store on disk.
+    Requires langchain-huggingface and llama-index-llms-huggingface.
     """
     with ExitStack() as opened:
         scratch = Path(opened.enter_context(TemporaryDirectory()))
         corpus = opened.enter_context(KVMem(model))
         mems = [opened.enter_context(KVMem(model, scratch / str(number))) for number in range(3)]
         texts = dict.fromkeys(text for question in questions for text in question.passages)
-        for number, text in enumerate(texts):
-            corpus._corpus.put(Document(str(number), text, {}, (text,)))
+        corpus.add_all((Document(str(number), text, {}, (text,)) for number, text in enumerate(texts)), read=False)
         pipelines = {
             **_langchain(model, corpus, mems[0], k, tokens),
             **_llama_index(model, corpus, mems[1:], k, tokens),
@@ -81,7 +80,7 @@ def _langchain(model: LanguageModel, corpus: KVMem, mem: KVMem, k: int, tokens: 
 
         from langchain_kvmem import ChatKVMem, KVMemRetriever
     except ImportError as error:
-        raise KVMemError(f"{error}. pip install 'kvmem[langchain]' langchain-huggingface.") from error
+        raise KVMemError(f"{error}. Run: pip install 'kvmem[langchain]' langchain-huggingface") from error
     generator = pipeline(
         "text-generation", model=model.hf, tokenizer=model.tokenizer, max_new_tokens=tokens, do_sample=False
     )
@@ -115,7 +114,7 @@ def _llama_index(model: LanguageModel, corpus: KVMem, mems: Sequence[KVMem], k: 
 
         from llama_index_kvmem import KVMemLLM, KVMemQueryEngine, to_nodes
     except ImportError as error:
-        raise KVMemError(f"{error}. pip install 'kvmem[llama-index]' llama-index-llms-huggingface.") from error
+        raise KVMemError(f"{error}. Run: pip install 'kvmem[llama-index]' llama-index-llms-huggingface") from error
 
     class Retriever(BaseRetriever):
         def _retrieve(self, query_bundle: Any) -> Any:
@@ -139,7 +138,7 @@ def _llama_index(model: LanguageModel, corpus: KVMem, mems: Sequence[KVMem], k: 
         def ask(question: str) -> Iterator[str]:
             response = engine.query(question)
             if not isinstance(response, StreamingResponse):
-                raise KVMemError(f"The query engine did not stream: {response}.")
+                raise KVMemError(f"The query engine did not stream its response: {response}. Check streaming=True.")
             yield from response.response_gen
 
         return ask
@@ -157,7 +156,7 @@ def _llama_index(model: LanguageModel, corpus: KVMem, mems: Sequence[KVMem], k: 
 
 
 def table(result: dict[str, Any]) -> Table:
-    """Medians, for a terminal."""
+    """The medians as a terminal table."""
     settings = result["settings"]
     title = (
         f"{result['model']}: {settings['questions']} questions, top {settings['k']} of {settings['passages']} passages"

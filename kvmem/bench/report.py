@@ -1,4 +1,4 @@
-"""docs/benchmarks.md, rendered from the JSON results beside it: no figure is typed by hand."""
+"""Renders docs/benchmarks.md from the JSON results next to it, so that no number is typed by hand."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kvmem.bench.scale import kv_bytes, need
 
 
 def render(directory: Path) -> str:
-    """Markdown of every result in `directory`, by file name."""
+    """Render all results in `directory` as Markdown, sorted by file name."""
     lines = [
         "# Benchmarks",
         "",
-        "Rendered from the JSON files in `docs/benchmarks/` by `kvmem bench report`; each says its settings, its",
-        "seed and its machine. Figures are ratios within one run, or divergences that do not depend on the machine.",
+        "Rendered by `kvmem bench report` from the JSON files in `docs/benchmarks/`, which contain all settings, seeds and",
+        "machines. All numbers are ratios within one run, or divergences that do not depend on the machine.",
     ]
     for path in sorted(directory.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -36,7 +36,7 @@ def _provenance(path: Path, result: dict[str, Any]) -> str:
     machine = result["machine"]
     with_bfloat16 = f" with {machine['bfloat16']} for bfloat16" if "bfloat16" in machine else ""
     where = f"{machine['cpu'] or 'unknown CPU'}{with_bfloat16}, {machine['cores']} cores, {result['threads']} thread(s)"
-    blend = f", the default recomputes {result['default_recompute']:.0%}" if "default_recompute" in result else ""
+    blend = f", default recompute {result['default_recompute']:.0%}" if "default_recompute" in result else ""
     return f"*{path.name}: {result['dtype']} on {result['device']}, {where}{blend}; {versions}.*"
 
 
@@ -57,13 +57,13 @@ def _store(result: dict[str, Any]) -> list[str]:
         f"## Store: {result['model']}",
         "",
         "Loading an entry of 100 MB from the page cache into a buffer: the time of a plain copy divided by the time of the",
-        "load (1 is as fast as copying). `verify` and `kv_dtype` as given:",
+        "load (1 is as fast as copying), by `verify` and `kv_dtype`:",
         "",
         *_table(("", "copy ÷ load"), loading),
         "",
-        f"What packing costs: KL of the next token to full prefill, {settings['questions']} prompts of "
-        f"{settings['passages']} passages, everything an exact hit. Native is not 0 because bfloat16 rounds differently "
-        "when a prompt is read in pieces.",
+        f"What packing costs: KL of the next token to full prefill, for {settings['questions']} prompts of "
+        f"{settings['passages']} passages where every entry is an exact hit. Native is not 0, because bfloat16 rounds "
+        "differently when a prompt is prefilled in pieces.",
         "",
         *_table(("kv_dtype", "bytes ÷ native", "KL mean", "median", "p90"), packing),
     ]
@@ -79,9 +79,9 @@ def _fidelity(result: dict[str, Any]) -> list[str]:
     return [
         f"## Fidelity: {result['model']}, {settings['passages']} passages",
         "",
-        f"{settings['examples']} questions, {result['prompt_tokens']:.0f} prompt tokens on average; KL to full prefill over "
-        f"its own greedy answer of up to {settings['tokens']} tokens; the last column is the paired geometric-mean KL "
-        "ratio to CacheBlend's rule at 15%, with its 95% bootstrap interval.",
+        f"{settings['examples']} questions with {result['prompt_tokens']:.0f} prompt tokens on average. KL is measured "
+        f"against full prefill, along its own greedy answer of up to {settings['tokens']} tokens. The last column is the "
+        "paired geometric-mean KL ratio to CacheBlend's rule at 15%, with its 95% bootstrap interval.",
         "",
         *_table(("", "KL mean", "median", "p90", "top-1", "first token", "ratio"), rows),
     ]
@@ -114,24 +114,24 @@ def _speed(result: dict[str, Any]) -> list[str]:
         f"## Speed: {result['model']}, bfloat16 by {result['machine']['bfloat16']}",
         "",
         *([result["note"], ""] if "note" in result else []),
-        "Time to the first token, from the call, chunks on disk and the process fresh, divided by that of "
-        "`model.generate` reading the same tokens in the same process, a model loaded as transformers does: the best of "
-        f"{result['settings']['repeats']} processes divided by the best of as many readings, the median of the single "
-        "ratios, and the best of a second call. The floor is what "
-        "no implementation can avoid: the share of tokens x layers computed, plus copying the KV once. Kernels is what "
-        "torch's matrix products and its attention alone take here for the tokens computed: recomputed tokens stand in the "
-        "middle of the prompt on average and see as many keys each as full prefill's. Memory is weights and what the "
-        "answer took at its peak, divided by weights and one KV of the prompt.",
+        "Time to the first token, measured from the call in a fresh process with entries on disk, divided by the time of "
+        "`model.generate` for the same tokens in the same process, with the model as transformers loads it. First token "
+        f"is the best of {result['settings']['repeats']} processes divided by the best full prefill, median is the median of "
+        "the single ratios, and second call is the best second call. Floor is what no implementation can avoid: the share "
+        "of tokens x layers computed, plus copying the KV once. Kernels is the time of torch's matrix products and "
+        "attention alone for the computed tokens; recomputed tokens are in the middle of the prompt on average and each "
+        "see as many keys as those of full prefill. Memory is the weights plus the answer's peak memory, divided by the "
+        "weights plus one KV of the prompt.",
         "",
         *_table(names, rows),
         "",
-        "Decoding: the time per token after the first on the cache that the default repaired, divided by that of "
-        "transformers on its own cache, with plain weights as it loads them and with weights packed as kvmem's are: the "
-        "best of all processes divided by the best, and the median and range of the single processes' ratios.",
+        "Decoding: time per token after the first on a cache blended with the default settings, divided by that of "
+        "transformers on its own cache, with plain weights (as it loads them) and with weights packed like kvmem's. Ratio "
+        "is the best of all processes divided by the best; median is the median and range of the single ratios.",
         "",
         *_table(("tokens", "transformers with", "ratio", "median"), decoding),
         "",
-        "What packing alone gives: a forward of so many tokens with packed weights, divided by one with plain weights.",
+        "The effect of packed weights alone: time of a forward pass with packed weights, divided by one with plain weights.",
         "",
         *_table(
             ("tokens", "packed ÷ plain"), [(str(row["tokens"]), f"{row['ratio']:.2f}") for row in result["packing"]]
@@ -147,12 +147,13 @@ def _task(result: dict[str, Any]) -> list[str]:
     return [
         f"## Task: {result['model']}",
         "",
-        f'{result["settings"]["cases"]} cases of two companies whose second chunks say only "the company", every chunk '
-        f"read alone, {result['prompt_tokens']:.0f} prompt tokens on average: how often the asked company's number is more "
-        "likely than the other's (chance is .50), with its 95% bootstrap interval, and how often that agrees with full "
-        "prefill of the same prompt. With titles, every chunk begins with the title of its document.",
+        f'{result["settings"]["cases"]} cases of two companies whose second chunks say only "the company". Every chunk is '
+        f"read alone; prompts have {result['prompt_tokens']:.0f} tokens on average. Accuracy is how often the right "
+        "company's number is more likely than the other's (chance is .50), with its 95% bootstrap interval; the last "
+        "column is how often this agrees with full prefill of the same prompt. With titles, every chunk starts with the "
+        "title of its document.",
         "",
-        *_table(("", "right", "as full prefill"), rows),
+        *_table(("", "accuracy", "agrees with full prefill"), rows),
     ]
 
 
@@ -160,9 +161,9 @@ def _tried(result: dict[str, Any]) -> list[str]:
     lines = [
         "## What was tried for blending",
         "",
-        f"Short runs that settled the defaults, on questions the fidelity runs do not use: {result['passages']} passages, "
-        f"{100 * result['recompute']:.0f}% recomputed, next to {result['baseline']} on the same questions. Each cell is "
-        "the mean KL and the geometric-mean KL ratio to it.",
+        f"Short runs that determined the defaults, on questions that the fidelity runs do not use: {result['passages']} "
+        f"passages, {100 * result['recompute']:.0f}% recomputed, compared with {result['baseline']} on the same questions. "
+        "Each cell shows the mean KL and the geometric-mean KL ratio to that baseline.",
     ]
     for group in result["groups"]:
         models = list(group["examples"])
@@ -184,19 +185,19 @@ def _spread(ratios: Sequence[float]) -> str:
 def _batch(result: dict[str, Any]) -> list[str]:
     settings = result["settings"]
     rows = []
-    for fixed, name in ((True, "32 tokens each"), (False, "as they end, at most 32 tokens")):
+    for fixed, name in ((True, "32 tokens each"), (False, "up to 32 tokens")):
         found = sorted((row for row in result["rows"] if row["fixed"] == fixed), key=lambda row: row["speedup"])
         equal = ", ".join(str(row["equal"]) for row in found)
         rows.append((name, _spread([row["speedup"] for row in found]), f"{equal} of {settings['batch']}"))
     return [
         f"## Batch: {result['model']}",
         "",
-        f"{settings['batch']} questions over one corpus, {result['rows'][0]['prompt_tokens']} prompt tokens, everything "
-        "in memory and exact: tokens per second decoded together divided by those one question after the other (median "
-        f"and range of {settings['repeats']} runs), and how many greedy answers are the same. They differ where "
-        "bfloat16 rounds a near tie the other way; in float32 they are equal, which a test holds.",
+        f"{settings['batch']} questions over one corpus with {result['rows'][0]['prompt_tokens']} prompt tokens; all "
+        "entries are in memory and exact. The ratio is tokens per second as a batch divided by tokens per second one by "
+        f"one (median and range of {settings['repeats']} runs). Greedy answers differ where bfloat16 rounds a near tie "
+        "differently; in float32 they are equal, which a test checks.",
         "",
-        *_table(("answers", "together ÷ one by one", "equal answers"), rows),
+        *_table(("answers", "batch ÷ one by one", "equal answers"), rows),
     ]
 
 
@@ -212,9 +213,9 @@ def _frameworks(result: dict[str, Any]) -> list[str]:
     return [
         f"## In LangChain and LlamaIndex: {result['model']}",
         "",
-        f"RAG over {settings['passages']} passages, the top {settings['k']} by BM25 for each of {settings['questions']} "
-        f"questions, answers of at most {settings['tokens']} tokens, streamed; every question by every pipeline in turn, "
-        "all of them twice over. Medians, divided by those of the framework's own Hugging Face model on the same pass.",
+        f"RAG over {settings['passages']} passages: the top {settings['k']} by BM25 for each of {settings['questions']} "
+        f"questions, with streamed answers of up to {settings['tokens']} tokens. Every pipeline answers every question, in "
+        "turn, in two passes. Values are medians divided by those of the framework's Hugging Face model in the same pass.",
         "",
         *_table(("", "pass", "first token", "whole answer"), rows),
     ]
@@ -226,12 +227,12 @@ def _conversation(result: dict[str, Any]) -> list[str]:
     return [
         f"## Conversation: {result['model']}",
         "",
-        f"{len(rows)} turns; two of eight passages and two of six memories are drawn anew every turn, and the engine is "
-        f"closed and opened again before turn {result['restart_before_turn']}. Computed is the model's work before the "
-        "first token in tokens through all layers, the repair included; reading anew computes the whole prompt.",
+        f"{len(rows)} turns. Every turn uses two of eight passages and two of six memories, chosen at random, and the engine "
+        f"is closed and reopened before turn {result['restart_before_turn']}. Computed is the model's work before the first "
+        "token, in tokens through all layers, including blending. Full prefill computes the whole prompt.",
         "",
         *_table(
-            ("turn", "prompt tokens", "computed", "first token ÷ reading anew"),
+            ("turn", "prompt tokens", "computed", "first token ÷ full prefill"),
             [(str(r["turn"]), str(r["prompt_tokens"]), f"{r['work']:.0f}", f"{r['ratio']:.2f}") for r in shown],
         ),
     ]
@@ -247,21 +248,29 @@ def _compare(result: dict[str, Any]) -> list[str]:
         shares = ["" if row[key] is None else f"{row[key]:.2f}" for key in keys]
         rows.append((label, *times, f"{row['computed']:.0f}", *shares))
     even = result["break_even"]
-    columns = ("", "first token ÷ full", "answer ÷ full", "tokens computed", "as read anew", "as full", "F1")
+    columns = (
+        "",
+        "first token ÷ full",
+        "answer ÷ full",
+        "tokens computed",
+        "token agreement",
+        "overlap with full",
+        "F1",
+    )
     return [
         f"## kvmem compare: {result['model']}",
         "",
         f"{result['settings']['questions']} questions over {result['documents']} documents of {result['tokens']} tokens. "
-        "Times are medians divided by full prefill's; tokens computed are the model's work before the first token; as "
-        "read anew is the share of tokens that kvmem would have chosen as well, along the answer that reading the same "
-        "prompt anew gives; as full is the F1 of words shared with full prefill's answer; contains, how often a right "
-        "answer stood in the answer; missing, how often a text that the answer needs was not in the prompt.",
+        "Times are medians divided by full prefill's. Tokens computed is the model's work before the first token. Token "
+        "agreement is the share of tokens of full prefill's answer to the same prompt that kvmem would also have chosen. "
+        "Overlap with full is the word F1 with full prefill's answer. Contains is how often the answer contained a right "
+        "answer, and missing is how often a text needed for the answer was not in the prompt.",
         "",
         *_table((*columns, "contains", "missing"), rows),
         "",
         f"Reading all documents once took {result['reading'] / full['total_median']:.2f} times what full prefill takes "
-        f"for one question. The waiting for first tokens that is saved makes up for it {_pays(even['full'])} against full "
-        f"prefill, {_pays(even['rag'])} against RAG.",
+        f"for one question. The time saved on first tokens makes up for it {_pays(even['full'])} against full prefill "
+        f"and {_pays(even['rag'])} against RAG.",
     ]
 
 
@@ -280,15 +289,15 @@ def _retrieval_miss(result: dict[str, Any]) -> list[str]:
     return [
         f"## What retrieval misses: {result['model']}",
         "",
-        f"`examples/retrieval_miss.py`: {of} questions whose answer stands in two distant places, BM25 over chunks.",
+        f"`examples/retrieval_miss.py`: {of} questions that need two distant parts of the documents, with BM25 over chunks.",
         "",
         *_table(
             ("in the prompt", "a part is missing"), [*rows, ("all documents", f"{result['missed_whole']} of {of}")]
         ),
         "",
-        f"The right answer stood in the text of {answers['rag']} answers with the top {settings['k']} chunks, of "
-        f"{answers['full']} by full prefill of all documents, of {answers['warm']} by kvmem, and of {answers['cached']} by "
-        "kvmem on the retrieved chunks. What is in the prompt is one thing; whether a small model puts two parts together is another.",
+        f"Right answers: {answers['rag']} with the top {settings['k']} chunks, {answers['full']} with full prefill of all "
+        f"documents, {answers['warm']} with kvmem, and {answers['cached']} with kvmem on the retrieved chunks. Having both "
+        "parts in the prompt does not guarantee that a small model combines them.",
     ]
 
 
@@ -300,10 +309,10 @@ def _sizing(result: dict[str, Any]) -> list[str]:
     return [
         "## Sizing",
         "",
-        "Bytes of KV from the shapes in each model's published config: 2 (keys and values) x layers x KV heads x head "
-        f'dimension x {result["bytes_per_number"]} bytes. `kv_dtype="int8"` halves what is on disk.',
+        "KV size from the shapes in each model's published config: 2 (keys and values) x layers x KV heads x head "
+        f'dimension x {result["bytes_per_number"]} bytes. `kv_dtype="int8"` halves the size on disk.',
         "",
-        *_table(("model", "a token", "10,000 tokens", "a million tokens"), rows),
+        *_table(("model", "per token", "10,000 tokens", "1 million tokens"), rows),
     ]
 
 
@@ -316,23 +325,26 @@ def _serve(result: dict[str, Any]) -> list[str]:
     grown = crowd["memory_at_the_end"] / crowd["memory_after_a_third"] - 1
     found = [
         ("answers, errors", f"{crowd['answers']}, {crowd['errors']}"),
-        ("answers by client, fewest and most", f"{crowd['fewest']}, {crowd['most']}"),
-        ("growth of the server's memory from the first third to the end", f"{grown:+.1%}"),
-        (f"{left['clients']} clients that left early: free again after, at most", f"{left['free_highest']:.2f} s"),
-        (f"{full['requests']} requests at once, {settings['queue']} may wait: refused", str(full["refused"])),
-        ("refused after, at most", f"{full['refused_after_highest']:.2f} s"),
+        ("answers per client, fewest and most", f"{crowd['fewest']}, {crowd['most']}"),
+        ("growth of the server's memory, from the end of the first third to the end", f"{grown:+.1%}"),
+        (
+            f"{left['clients']} clients that disconnected early: server idle after at most",
+            f"{left['free_highest']:.2f} s",
+        ),
+        (f"{full['requests']} concurrent requests with a queue of {settings['queue']}: refused", str(full["refused"])),
+        ("refused after at most", f"{full['refused_after_highest']:.2f} s"),
     ]
     return [
         f"## kvmem serve: {result['model']}",
         "",
-        "A coding agent sends five files of this package every turn, of which one line of one was edited, and the "
-        "conversation so far. Reused tokens were not computed again:",
+        "A coding agent sends five files of this package and the conversation so far in every turn; one line of one file "
+        "is edited between turns. The share reused is the share of exact and reused tokens:",
         "",
         *_table(("turn", "prompt", "share reused", "recomputed"), agent),
         "",
-        f"{settings['clients']} clients ask and read streams for {settings['seconds']:.0f} s, from another process:",
+        f"{settings['clients']} clients in another process ask and read streamed answers for {settings['seconds']:.0f} s:",
         "",
-        *_table(("", "found"), found),
+        *_table(("", "result"), found),
     ]
 
 
@@ -346,37 +358,37 @@ def _scale(result: dict[str, Any], directory: Path) -> list[str]:
         found = need(model, result, ways)
         rows += [
             (f"{model['name']}: KV of the corpus", f"{found.corpus / 1e12:.2f} TB"),
-            ("reading it once, hours of one device", f"{found.reading_hours:.1f}"),
-            *((f"devices for prompts: {name}", f"{count:.0f}") for name, count in found.prompts.items()),
-            ("KV that comes to the devices in a second", f"{found.moved / 1e9:.0f} GB"),
-            ("devices for the links it comes over", f"{found.links:.0f}"),
+            ("reading it once, in hours of one device", f"{found.reading_hours:.1f}"),
+            *((f"devices for prefill: {name}", f"{count:.0f}") for name, count in found.prompts.items()),
+            ("KV sent to the devices per second", f"{found.moved / 1e9:.0f} GB"),
+            ("devices for this KV transfer", f"{found.links:.0f}"),
             ("devices for decoding", f"{found.decoding:.0f}"),
-            ("sequences that one device holds", f"{found.held}"),
+            ("sequences that fit on one device", f"{found.held}"),
         ]
     return [
         f"## On paper: {result['requests_per_second']} requests a second",
         "",
-        f"A corpus of {result['corpus_tokens'] / 1e6:.0f} million tokens; every request has {result['context_tokens']} of "
-        f"them, a question of {result['question_tokens']} and an answer of {result['answer_tokens']} tokens. A device is "
-        f"one {device['name']}: {device['flops'] / 1e12:.0f} TFLOP/s, of which {device['compute_used']:.0%} are taken as "
-        f"used, {device['bytes_per_second'] / 1e12:.1f} TB/s of memory ({device['bandwidth_used']:.0%}), "
-        f"{device['link_bytes_per_second'] / 1e9:.0f} GB/s from the host. Nothing here was measured on one. What was measured "
-        f"is the share of full prefill's time, {ways['kvmem, blended']:.2f} blended and {ways['kvmem, exact']:.2f} exact, in "
-        f"{result['measured']}, of another model on a CPU.",
+        f"The corpus has {result['corpus_tokens'] / 1e6:.0f} million tokens. Every request has {result['context_tokens']} "
+        f"context tokens, {result['question_tokens']} question tokens and {result['answer_tokens']} answer tokens. A device "
+        f"is one {device['name']}: {device['flops'] / 1e12:.0f} TFLOP/s at {device['compute_used']:.0%} utilization, "
+        f"{device['bytes_per_second'] / 1e12:.1f} TB/s of memory bandwidth at {device['bandwidth_used']:.0%} utilization, and "
+        f"{device['link_bytes_per_second'] / 1e9:.0f} GB/s from the host. Nothing was measured on such a device. Only the "
+        f"share of full prefill's time was measured, with another model on a CPU: {ways['kvmem, blended']:.2f} blended and "
+        f"{ways['kvmem, exact']:.2f} exact, in {result['measured']}.",
         "",
         *_table(("", "needed"), rows),
         "",
-        "Prompts: requests x (2 x parameters x tokens + 2 x layers x width x tokens²) / (TFLOP/s used) x share. Links: "
-        "requests x context x bytes a token / link. Decoding: requests x answer x (prompt + answer / 2) x bytes a token / "
-        "memory bandwidth used; weights are read once for all sequences of a device, and left out. Blended prompts on "
-        "devices are what an engine with kvmem's repair would need; vLLM's prefix cache has full prefill's row, less what "
-        "prompts begin with alike.",
+        "Prefill: requests x (2 x parameters x tokens + 2 x layers x width x tokens²) / (TFLOP/s used) x share. Transfer: "
+        "requests x context x bytes per token / link. Decoding: requests x answer x (prompt + answer / 2) x bytes per token / "
+        "memory bandwidth used; the weights are left out, because they are read once for all sequences of a device. The "
+        "blended rows require an engine that blends as kvmem does. vLLM's prefix cache corresponds to the full prefill row, "
+        "minus the prefix that prompts share.",
     ]
 
 
 _PLOTS = {
-    "fidelity": "Mean KL to full prefill against the share that is recomputed",
-    "conversation": "Tokens computed and time to the first token by turn",
+    "fidelity": "Mean KL to full prefill against the recomputed share",
+    "conversation": "Tokens computed and time to the first token, by turn",
 }
 _SECTIONS = {
     "tried": _tried,

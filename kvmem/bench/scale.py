@@ -1,4 +1,4 @@
-"""What many requests over a large corpus need: arithmetic from shapes, a data sheet, and ratios that were measured."""
+"""Estimates the hardware for many requests over a large corpus, from model shapes, a data sheet and measurements."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import Any
 
 
 def kv_bytes(model: dict[str, Any], bytes_per_number: int = 2) -> int:
-    """Bytes of KV per token, from a model's shapes."""
+    """KV bytes per token, from a model's shapes."""
     return int(2 * model["layers"] * model["kv_heads"] * model["head_dim"] * bytes_per_number)
 
 
 @dataclass(frozen=True)
 class Need:
-    """For one model. token, corpus: bytes of KV. reading_hours: of one device, to read the corpus once. prompts, links,
-    decoding: devices for prompts by way, for the links KV comes over, for decoding. moved: bytes of KV that come to the
-    devices in a second. held: sequences that one device has room for."""
+    """The requirements of one model.
+
+    token, corpus: KV bytes per token and for the corpus. reading_hours: hours of one device to read the corpus once.
+    prompts, links, decoding: number of devices for prefill (by method), for KV transfer, and for decoding.
+    moved: KV bytes per second sent to the devices. held: sequences that fit on one device.
+    """
 
     token: int
     corpus: float
@@ -29,12 +32,15 @@ class Need:
 
 
 def need(model: dict[str, Any], given: dict[str, Any], ratios: dict[str, float]) -> Need:
-    """given: as in `scale.json`. ratios: the time to the first token divided by full prefill's, by way."""
+    """Compute the requirements.
+
+    given: the workload, as in `scale.json`. ratios: time to the first token ÷ full prefill, by method.
+    """
     device, rate = given["device"], given["requests_per_second"]
     prompt = given["context_tokens"] + given["question_tokens"]
     flops, bandwidth = device["flops"] * device["compute_used"], device["bytes_per_second"] * device["bandwidth_used"]
     token = kv_bytes(model)
-    # Two operations a parameter and token; attention of every token to those before it, twice (keys, values).
+    # Two operations per parameter and token, plus causal attention over the keys and over the values.
     full = 2 * model["parameters"] * prompt + 2 * model["layers"] * model["hidden"] * prompt**2
     devices = rate * full / flops
     moved = rate * given["context_tokens"] * token

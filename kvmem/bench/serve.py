@@ -1,6 +1,6 @@
-"""`kvmem serve` as its clients see it: a coding agent, a crowd, clients that leave, and more than may wait.
+"""Tests `kvmem serve` from the client's side: a coding agent, concurrent clients, disconnects, and a full queue.
 
-The server is a process of its own, spoken to by OpenAI's client over the loopback.
+The server runs in a separate process, and OpenAI's client talks to it over the loopback interface.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _REQUESTS = (
 def run(
     model: LanguageModel, source: str, *, seconds: float = 60.0, clients: int = 16, leaving: int = 50, turns: int = 6
 ) -> dict[str, Any]:
-    """All of it, against one server each for the agent and the crowd. source: what `kvmem serve --model` is given."""
+    """Run all tests: one server for the agent, one for the rest. source: the value for `kvmem serve --model`."""
     with _server(source) as (address, _):
         agent = agent_session(f"{address}/v1", source, turns=turns)
     with _server(source) as (address, process):
@@ -66,7 +66,7 @@ _QUEUE = 64
 
 @contextmanager
 def _server(source: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """The address and process of a server with an empty store."""
+    """Start a server with an empty store; yields its address and process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with TemporaryDirectory() as scratch:
@@ -92,17 +92,19 @@ def _until_up(address: str, process: subprocess.Popen[bytes], log: Path) -> None
             if httpx.get(f"{address}/health", trust_env=False).status_code == 200:
                 return
         if process.poll() is not None:
-            raise KVMemError(f"The server did not start: {log.read_text()[-500:]}")
+            raise KVMemError(f"The server did not start. Its log ends with: {log.read_text()[-500:]}")
         time.sleep(0.1)
-    raise KVMemError("The server did not start within two minutes. Try kvmem serve by hand.")
+    raise KVMemError("The server did not start within two minutes. Run `kvmem serve` manually to see why.")
 
 
 # A coding agent
 
 
 def agent_session(base_url: str, model: str, turns: int) -> list[dict[str, Any]]:
-    """The tokens of every prompt: five files and a request, one line of one file edited after each turn, and what
-    was said before kept. reused: tokens that were not computed again."""
+    """Measure token classes by turn. Each prompt has five files, the conversation so far, and a request.
+
+    One line of one file is edited after each turn. reused: exact and reused tokens.
+    """
     client = openai.OpenAI(base_url=base_url, api_key="none", timeout=300)
     files = _files()
     history: list[Any] = []
@@ -135,17 +137,17 @@ def agent_session(base_url: str, model: str, turns: int) -> list[dict[str, Any]]
 
 
 def _files() -> dict[str, str]:
-    """Five files of this package, the first 3,000 characters of each."""
+    """The first 3,000 characters of five files of this package."""
     root = Path(__file__).parent.parent
     names = ("retrieve.py", "split.py", "worker.py", "corpus.py", "thread.py")
     return {name: (root / name).read_text(encoding="utf-8")[:3000] for name in names}
 
 
-# A crowd
+# Concurrent clients
 
 
 async def _crowd(base_url: str, model: str, seconds: float, clients: int, pid: int) -> dict[str, Any]:
-    """Everybody asks again and again, about one of eight texts, and reads the answer as it comes."""
+    """All clients repeatedly ask about one of eight texts and read the streamed answer."""
     texts = [(f"Report {n}. " + text)[:1200] for n, text in enumerate([*_files().values()] * 2)][:8]
     until = time.perf_counter() + seconds
     answered, errors, firsts = [0] * clients, [0], list[float]()
@@ -191,19 +193,21 @@ async def _crowd(base_url: str, model: str, seconds: float, clients: int, pid: i
 
 
 def _private(pid: int) -> int:
-    """Bytes of a process's own memory, pages of files not counted; 0 where it cannot be read."""
+    """A process's private memory in bytes, without file pages; 0 if it cannot be read."""
     with suppress(OSError):
         _, _, rest = Path(f"/proc/{pid}/status").read_text().partition("RssAnon:")
         return int(rest.split()[0]) * 1024 if rest else 0
     return 0
 
 
-# Clients that leave
+# Clients that disconnect
 
 
 async def _leave(address: str, model: str, count: int) -> dict[str, Any]:
-    """One after the other asks and leaves: every second while its prompt is read, the others after two pieces of a long
-    answer. Until nothing runs and nothing waits any more is what it takes to be free."""
+    """Clients ask and disconnect, one after the other; measures how long the server takes to become idle again.
+
+    Every other client disconnects during prefill, the others after the first pieces of a long answer.
+    """
     seconds: list[float] = []
     async with httpx.AsyncClient(base_url=address, timeout=60, trust_env=False) as client:
         for number in range(count):
@@ -232,7 +236,7 @@ async def _leave(address: str, model: str, count: int) -> dict[str, Any]:
 
 
 async def _overfill(base_url: str, model: str) -> dict[str, Any]:
-    """More requests at once than may run and wait."""
+    """Send more concurrent requests than the server can run and queue."""
     api = openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=300)
     count = _QUEUE + 36
 
@@ -253,8 +257,8 @@ async def _overfill(base_url: str, model: str) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """All of it, for a terminal."""
-    shown = Table("what", "found", title=f"{result['model']} served")
+    """All results as a terminal table."""
+    shown = Table("test", "result", title=f"kvmem serve: {result['model']}")
     for row in result["agent"]:
         share = row["reused"] / row["prompt"]
         shown.add_row(f"agent, turn {row['turn']}", f"{share:.0%} of {row['prompt']} tokens reused")
@@ -264,7 +268,7 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def rows(result: dict[str, Any]) -> Sequence[tuple[str, str]]:
-    """What was found, in words."""
+    """The results as pairs of label and value."""
     settings, crowd, left, full = result["settings"], result["crowd"], result["leaving"], result["full"]
     grown = crowd["memory_at_the_end"] / crowd["memory_after_a_third"] - 1 if crowd["memory_after_a_third"] else 0.0
     return [
@@ -272,12 +276,12 @@ def rows(result: dict[str, Any]) -> Sequence[tuple[str, str]]:
             f"{settings['clients']} clients, {settings['seconds']:.0f} s",
             f"{crowd['answers']} answers, {crowd['errors']} errors",
         ),
-        ("answers by client", f"{crowd['fewest']} to {crowd['most']}"),
+        ("answers per client", f"{crowd['fewest']} to {crowd['most']}"),
         ("first token", f"median {crowd['first_token_median']:.2f} s, p95 {crowd['first_token_p95']:.2f} s"),
-        ("memory, from the first third to the end", f"{grown:+.1%}"),
-        (f"{left['clients']} clients that left", f"free after {left['free_highest']:.2f} s at most"),
+        ("memory growth, first third to end", f"{grown:+.1%}"),
+        (f"{left['clients']} clients disconnected", f"server idle after at most {left['free_highest']:.2f} s"),
         (
-            f"{full['requests']} requests at once, {settings['queue']} may wait",
-            f"{full['refused']} refused, after {full['refused_after_highest']:.2f} s at most",
+            f"{full['requests']} concurrent requests, queue of {settings['queue']}",
+            f"{full['refused']} refused, after at most {full['refused_after_highest']:.2f} s",
         ),
     ]

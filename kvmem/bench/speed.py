@@ -1,10 +1,10 @@
-"""Time to the first token, decoding speed and memory, as ratios to plain transformers in the same process.
+"""Measures time to the first token, decoding speed and memory, relative to plain transformers in the same process.
 
-Every measurement of a warm prompt is the first question of a fresh process whose caches are on disk. Right after
-it, the same process reads the same ids by `model.generate` with transformers' own cache and a model loaded as
-transformers does; the ratio of the two is what is reported, since machines differ and drift: the best of all
-processes divided by the best of all readings, as other work on a machine only ever adds, and the median of the single
-ratios. What packed weights alone give transformers is measured beside it.
+Each measurement is the first question of a fresh process whose entries are on disk. Right after it, the same process
+prefills the same token ids with `model.generate`, transformers' own cache, and a model loaded as transformers does.
+Only ratios are reported, because machines differ and drift: the best time of all processes divided by the best full
+prefill (other load on the machine only adds time), and the median of the single ratios. The effect of packed weights
+on plain transformers is measured separately.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from kvmem.model import LanguageModel
 from kvmem.settings import ModelSettings
 
 DEFAULT = "default, 7%"
-# name -> (whether the passages stand in the order they were read in, how the cache is repaired)
+# name -> (whether the passages are in the order in which they were read, the blend setting)
 WAYS: dict[str, tuple[bool, Any]] = {
     "exact": (True, "query"),
     DEFAULT: (False, "query"),
@@ -47,7 +47,7 @@ WAYS: dict[str, tuple[bool, Any]] = {
 def run(
     model: str, questions: Sequence[Question], sizes: Sequence[int], *, threads: int = 1, repeats: int = 5
 ) -> dict[str, Any]:
-    """Measure every way at every prompt size (about that many tokens), `repeats` times each, the ways in turn."""
+    """Measure every variant at every approximate prompt size in tokens, `repeats` times each."""
     rows = []
     loaded = LanguageModel.load(model, ModelSettings(threads=threads))
     texts = {size: _text(loaded, questions, size) for size in sizes}
@@ -58,7 +58,7 @@ def run(
             if size not in stores:
                 stores[size] = Path(scratch) / str(size)
                 _child("prepare", model, texts[size], stores[size], way, threads)
-            # The buffer that decoding goes on in is the same one however it was repaired.
+            # Decoding speed does not depend on the blend setting, so it is measured once.
             for phase in ["measure", *["memory"] * (n == 0), *["decode"] * (way == DEFAULT)]:
                 row = _child(phase, model, texts[size], stores[size], way, threads)
                 rows.append({"size": size, "way": way, "repeat": n, "phase": phase, **row})
@@ -74,7 +74,7 @@ def run(
 
 
 def _text(model: LanguageModel, questions: Sequence[Question], size: int) -> dict[str, Any]:
-    """One question and passages, of several questions if need be, of as near to so many tokens as whole ones come."""
+    """One question, with passages (from several questions if needed) of about `size` tokens in total."""
     passages: list[str] = []
     tokens = 0
     for passage in (passage for question in questions for passage in question.passages):
@@ -83,22 +83,22 @@ def _text(model: LanguageModel, questions: Sequence[Question], size: int) -> dic
             return {"question": questions[0].question, "passages": passages}
         passages.append(passage)
         tokens += more
-    raise KVMemError(f"The questions hold less than {size} tokens. Give more questions or smaller sizes.")
+    raise KVMemError(f"The questions have less than {size} tokens. Give more questions or smaller sizes.")
 
 
 def _child(phase: str, model: str, text: dict[str, Any], store: Path, way: str, threads: int) -> dict[str, Any]:
     job = {"phase": phase, "model": model, "store": str(store), "way": way, "threads": threads, **text}
     command = [sys.executable, "-m", "kvmem.bench.speed"]
-    # The tokenizer would take every core.
+    # Otherwise the tokenizer would use all cores.
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     result = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=env)  # noqa: S603
     if result.returncode:
-        raise KVMemError(f"A measuring process failed: {result.stderr[-2000:]}")
+        raise KVMemError(f"A benchmark process failed: {result.stderr[-2000:]}")
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
 
 def main() -> None:
-    """One phase, in a process of its own; the job is JSON on standard input, the result JSON on standard output."""
+    """Run one phase in a separate process. Reads the job as JSON from stdin and writes the result as JSON to stdout."""
     job = json.loads(sys.stdin.read())
     torch.set_num_threads(job["threads"])
     with KVMem(job["model"], job["store"], threads=job["threads"], max_tokens=32) as mem:
@@ -139,14 +139,14 @@ def _measure(mem: KVMem, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(job: dict[str, Any]) -> LanguageModel:
-    """The model as transformers loads it, after it has read something: its weights lie in memory."""
+    """The model as transformers loads it, warmed up so that its weights are in memory."""
     plain = LanguageModel.load(job["model"], ModelSettings(threads=job["threads"], packed=False))
     _full(plain, torch.arange(64))
     return plain
 
 
 def _copy_seconds(size: int) -> float:
-    """Seconds to copy `size` bytes within memory."""
+    """Seconds to copy `size` bytes in memory."""
     source, target = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
 
     def copy() -> None:
@@ -156,7 +156,7 @@ def _copy_seconds(size: int) -> float:
 
 
 def _measure_memory(mem: KVMem, job: dict[str, Any]) -> dict[str, Any]:
-    """Private memory that one answer takes at its peak, beside the weights."""
+    """Peak private memory of one answer, in addition to the weights."""
     in_order, blend = WAYS[job["way"]]
     context = job["passages"] if in_order else job["passages"][::-1]
     weights = sum(p.numel() * p.element_size() for p in mem.local_model.hf.parameters())
@@ -172,7 +172,7 @@ def _measure_memory(mem: KVMem, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _full(model: LanguageModel, ids: torch.Tensor) -> float:
-    """Seconds to the first token of `model.generate` with transformers' own cache."""
+    """Seconds to the first token with `model.generate` and transformers' own cache."""
     clock = Clock()
     began = time.perf_counter()
     model.hf.generate(ids[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=1, streamer=clock)
@@ -180,8 +180,11 @@ def _full(model: LanguageModel, ids: torch.Tensor) -> float:
 
 
 def _measure_decoding(mem: KVMem, job: dict[str, Any], rounds: int = 4) -> dict[str, Any]:
-    """Seconds per token after the first: on a blended cache, by plain transformers on its own cache, and by
-    transformers with packed weights on such a cache. The three take turns; of each, the best round's median."""
+    """Seconds per token after the first, as the median of the best round.
+
+    ours: on a blended cache. plain: transformers on its own cache. packed: the same with packed weights. The three
+    alternate.
+    """
     in_order, blend = WAYS[job["way"]]
     context = job["passages"] if in_order else job["passages"][::-1]
     prefill = mem.prefill(job["question"], context=context, blend=blend)
@@ -191,7 +194,7 @@ def _measure_decoding(mem: KVMem, job: dict[str, Any], rounds: int = 4) -> dict[
         model.hf.base_model(ids[None, :-1], past_key_values=theirs, use_cache=True)
     seconds: dict[str, list[float]] = {"ours": [], "plain": [], "packed": []}
     for _ in range(rounds):
-        # The last token is read again: its output is the first token of the answer.
+        # The last prompt token is run again, because its output is the first token of the answer.
         cache.length = len(ids) - 1
         with model.decoding():
             seconds["ours"].append(_decode(model, ids, cache))
@@ -201,10 +204,10 @@ def _measure_decoding(mem: KVMem, job: dict[str, Any], rounds: int = 4) -> dict[
 
 
 def _decode(model: LanguageModel, ids: torch.Tensor, cache: Any, tokens: int = 16) -> float:
-    """Median seconds of the tokens of `model.generate` after the first, on a cache of all ids but the last."""
+    """Median seconds per token of `model.generate` after the first, on a cache of all ids except the last."""
     clock = Clock()
     mask = torch.ones_like(ids)[None]
-    # No token ends the answer. `min_new_tokens` would see to that as well, but by looking at all logits every time.
+    # No token ends the answer. `min_new_tokens` would do the same, but it processes all logits at every step.
     options = {
         "max_new_tokens": tokens,
         "eos_token_id": model.hf.config.get_text_config().vocab_size,
@@ -215,10 +218,11 @@ def _decode(model: LanguageModel, ids: torch.Tensor, cache: Any, tokens: int = 1
 
 
 def _kernel_seconds(model: LanguageModel, usage: Usage) -> float:
-    """What the matrix products and the attention kernel alone take for the tokens that were computed.
+    """Seconds that the matrix products and attention kernels alone take for the computed tokens.
 
-    One forward of as many tokens from nothing, and in every layer one unmasked attention of as many rows, over as many
-    keys as these tokens see on average (recomputed ones stand halfway behind what is exact).
+    This is one forward pass of that many tokens without a cache, plus, per layer, one unmasked attention of that many
+    rows over the average number of visible keys. Recomputed tokens are assumed to lie halfway between the exact part
+    and the end of the prompt.
     """
     rows = usage.recomputed + usage.computed
     halfway = (usage.exact + usage.prompt) / 2
@@ -240,7 +244,7 @@ def _kernel_seconds(model: LanguageModel, usage: Usage) -> float:
 
 
 def _packing(model: str, threads: int) -> list[dict[str, float]]:
-    """Seconds of a forward with packed weights, divided by those with plain ones, by tokens read: the best of both."""
+    """Best time of a forward pass with packed weights divided by that with plain weights, by number of tokens."""
     packed, plain = (
         LanguageModel.load(model, ModelSettings(threads=threads, packed=choice)).hf.base_model
         for choice in (True, False)
@@ -269,7 +273,7 @@ def _best(call: Callable[[], None], rounds: int = 3) -> float:
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per size and way: the best of both sides and their ratio, and medians."""
+    """Per size and variant: the best times, their ratio, and medians."""
     summary = []
     for size, way in dict.fromkeys((row["size"], row["way"]) for row in rows):
         group = [row for row in rows if (row["size"], row["way"]) == (size, way)]
@@ -294,8 +298,10 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _decoding(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Decoding on the blended cache: the best of it divided by the best of transformers, with plain and with packed
-    weights, and the single ratios; None if it was not measured."""
+    """Decoding time on the blended cache divided by that of transformers, with plain and packed weights.
+
+    Best divided by best, and the single ratios. None if decoding was not measured.
+    """
     if not rows:
         return None
     found: dict[str, Any] = {}
@@ -306,7 +312,7 @@ def _decoding(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The summary, for a terminal of eighty columns."""
+    """The summary as a terminal table of at most 80 columns."""
     title = f"{result['model']}, {result['threads']} thread(s): first token ÷ full prefill in the same process"
     names = ("tokens", "", "best", "median", "2nd ask", "floor", "kernels", "decode", "memory")
     shown = Table(*names, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))

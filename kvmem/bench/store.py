@@ -1,8 +1,8 @@
-"""How fast entries come from disk, and what packing them costs.
+"""Measures how fast entries load from disk, and what packing them costs.
 
-Loading: one entry of about 100 MB, its file in the page cache, into a preallocated buffer, as a ratio to a plain copy
-of the same bytes between two warm buffers. Packing: bytes, and the KL to full prefill of an exact prompt whose KV was
-packed.
+Loading: one entry of about 100 MB is loaded from the page cache into a preallocated buffer, relative to a plain copy
+of the same bytes between two warm buffers. Packing: the size, and the KL to full prefill of an exact prompt with
+packed KV.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PACKINGS = ("native", "int8", "fp8")
 
 
 def run(model: LanguageModel, questions: Sequence[Question], passages: int = 4, repeats: int = 7) -> dict[str, Any]:
-    """Both parts; see the module."""
+    """Run both parts; see the module docstring."""
     return {
         "benchmark": "store",
         **describe(model, passages=passages, questions=len(questions), repeats=repeats),
@@ -43,7 +43,7 @@ def run(model: LanguageModel, questions: Sequence[Question], passages: int = 4, 
 
 
 def _entry(model: LanguageModel, size: int) -> KVEntry:
-    """Random keys and values of `size` bytes, in the model's shapes."""
+    """An entry with `size` bytes of random keys and values, in the model's shapes."""
     tokens = size // model.bytes_per_token
     groups = model.anatomy.groups
     keys = tuple(torch.randn(len(g.layers), g.kv_heads, tokens, g.key_dim).to(model.dtype) for g in groups)
@@ -69,7 +69,7 @@ def _loading(model: LanguageModel, repeats: int) -> list[dict[str, Any]]:
             def load(store: DiskStore = store) -> None:
                 found = store.get(entry.key)
                 if found is None:
-                    raise AssertionError("the entry that was just put is gone")
+                    raise AssertionError("the entry that was just stored is missing")
                 _copy((*found.keys, *found.values), target)
 
             seconds = _median(load, repeats)
@@ -119,7 +119,7 @@ def _packing(model: LanguageModel, questions: Sequence[Question], passages: int)
 
 
 def _divergence(mem: KVMem, question: str, context: Sequence[str]) -> float:
-    """KL of the next token, from full prefill to the stored KV."""
+    """KL divergence of the next token between full prefill and the stored KV, in nats."""
     prefill = mem.prefill(question, context=context)
     with torch.no_grad():
         truth = mem.local_model.hf(prefill.token_ids[None].to(mem.local_model.device), logits_to_keep=1).logits[0, -1]
@@ -128,11 +128,11 @@ def _divergence(mem: KVMem, question: str, context: Sequence[str]) -> float:
 
 
 def table(result: dict[str, Any]) -> tuple[Table, Table]:
-    """Both parts, for a terminal."""
+    """Both parts as terminal tables."""
     loading = Table("loading 100 MB", "seconds", "copy time ÷ load time")
     for row in result["loading"]:
         loading.add_row(row["way"], f"{row['seconds']:.4f}", f"{row['ratio_to_copy']:.2f}")
-    packing = Table("kept as", "MB", "KL mean", "median", "p90")
+    packing = Table("stored as", "MB", "KL mean", "median", "p90")
     for row in result["packing"]:
         numbers = [f"{row[name]:.5f}" for name in ("kl_mean", "kl_median", "kl_p90")]
         packing.add_row(row["kv_dtype"], f"{row['bytes'] / 1e6:.1f}", *numbers)

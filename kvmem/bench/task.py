@@ -1,8 +1,8 @@
-"""Whether answers stay right when they hang on what stands before a chunk.
+"""Measures whether answers stay correct when they depend on the text before a chunk.
 
-Every case is two profiles of two chunks each. The second chunk of a profile says only "the company"; which company it
-is stands in the first. Every chunk is read alone, and the question is about one of the two companies: nothing in the
-two second chunks, as they were read, tells them apart but the order in which they stand.
+Every case has two company profiles of two chunks each. The second chunk says only "the company"; the first chunk names
+it. Every chunk is read alone, and the question asks about one of the two companies. So the entries of the two second
+chunks do not say which company they describe; only their order in the prompt does.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ _FOUNDERS = ("two brothers", "a widow", "three friends", "a doctor", "its worker
 
 @dataclass(frozen=True)
 class Case:
-    """chunks: four, each to be read alone. titles: of their documents. right, wrong: how many people the asked company
-    employs, and the other."""
+    """One case.
+
+    chunks: four texts, each read alone. titles: the titles of their documents. right, wrong: number of employees of
+    the company asked about, and of the other company.
+    """
 
     chunks: tuple[str, ...]
     titles: tuple[str, ...]
@@ -50,7 +53,7 @@ class Case:
 
 
 def make_cases(count: int, seed: int) -> list[Case]:
-    """Half of them ask for the first company, half for the second."""
+    """Make cases; half ask about the first company, half about the second."""
     draw = random.Random(seed)
     cases = []
     for number in range(count):
@@ -79,7 +82,7 @@ def _profile(name: str, people: str, draw: random.Random) -> tuple[str, str]:
 def run(
     model: LanguageModel, count: int, *, seed: int = 0, variants: dict[str, dict[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """The share of `count` cases in which the right number is more likely than the other company's."""
+    """Measure in how many of `count` cases the right number is more likely than the other company's."""
     variants = VARIANTS if variants is None else variants
     rows = [_measure(model, case, variants) for case in track(make_cases(count, seed), "cases")]
     return {
@@ -96,7 +99,7 @@ def run(
 
 
 FULL = "full prefill"
-# Of the names of variants whose chunks begin with a title or not.
+# Suffix of a variant's name -> whether its chunks start with a title.
 SUFFIXES = {"": False, ", with titles": True}
 
 
@@ -109,7 +112,7 @@ def _measure(model: LanguageModel, case: Case, variants: dict[str, dict[str, Any
         with KVMem(model, None, max_tokens=8) as mem:
             for document in context:
                 mem.prefill(case.question, context=[document])
-            # "all" comes last: it makes every entry exact.
+            # "all" comes last, because it replaces every entry with an exact one.
             for name, blend in sorted(variants.items(), key=lambda item: item[1]["selector"] == "all"):
                 margins = []
                 for answer in (right, wrong):
@@ -128,7 +131,7 @@ def _measure(model: LanguageModel, case: Case, variants: dict[str, dict[str, Any
 
 @torch.no_grad()
 def _likelihood(model: LanguageModel, logits: torch.Tensor, answer: Sequence[int], cache: Any) -> float:
-    """Log-probability of `answer` after a state; the state is continued."""
+    """Log-probability of `answer` after a state. Modifies the state's cache."""
     rows = [logits[None].to(model.device)]
     if len(answer) > 1:
         ids = torch.tensor([answer[:-1]], device=model.device)
@@ -144,9 +147,9 @@ def _summarise(rows: Sequence[dict[str, Any]], name: str, full: str, seed: int) 
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The summary, for a terminal."""
-    title = f"{result['model']}: two companies, told apart by what stands before, {result['settings']['cases']} cases"
-    shown = Table("", "right [95%]", "as full prefill", title=title)
+    """The summary as a terminal table."""
+    title = f"{result['model']}: two companies, identified by the preceding chunk, {result['settings']['cases']} cases"
+    shown = Table("", "accuracy [95%]", "agrees with full", title=title)
     for name, row in result["summary"].items():
         low, high = row["interval"]
         shown.add_row(name, f"{row['accuracy']:.2f} [{low:.2f}, {high:.2f}]", f"{row['agreement']:.2f}")

@@ -1,1 +1,1 @@
-"""Ordinary RAG, full-context prefill and kvmem, head to head on a user's own documents, questions and model."""
+"""Compares ordinary RAG, full-context prefill and kvmem on a user's own documents, questions and model."""

@@ -13,24 +13,26 @@ from kvmem.console import Model, Threads, errors, expand, out
 
 
 def compare(
-    docs: Annotated[list[Path], typer.Option(help="Files or directories of documents; may be repeated.")],
+    docs: Annotated[list[Path], typer.Option(help="Files or directories of documents; can be repeated.")],
     questions: Annotated[
         Path | None,
-        typer.Option(help="One question a line, or JSON (Lines) with answers; without it the model writes some."),
+        typer.Option(
+            help="File with one question per line, or JSON (Lines) with answers; default: the model writes some."
+        ),
     ] = None,
     model: Model = "smollm2",
-    k: Annotated[int, typer.Option("-k", min=1, help="Chunks that RAG retrieves.")] = 4,
-    count: Annotated[int, typer.Option(min=1, help="Questions to write, when none are given.")] = 12,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask only so many of the questions.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 32,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of chunks that RAG retrieves.")] = 4,
+    count: Annotated[int, typer.Option(min=1, help="Number of questions to generate if none are given.")] = 12,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of questions to ask.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum answer length in tokens.")] = 32,
     seed: Annotated[
-        int, typer.Option(help="Of the order of ways, and of the chunks that questions are written about.")
+        int, typer.Option(help="Random seed: order of the methods, and chunks for generated questions.")
     ] = 0,
     threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="A directory for the report and its JSON.")] = Path("kvmem-compare"),
+    output: Annotated[Path, typer.Option(help="Output directory for the report and JSON.")] = Path("kvmem-compare"),
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
-    """Ordinary RAG, full prefill and kvmem on your documents: times, answers, misses; an HTML report and JSON."""
+    """Compare RAG, full prefill and kvmem on your documents. Writes an HTML report and JSON."""
     with errors():
         from kvmem.bench.common import write_json
         from kvmem.compare import report
@@ -44,7 +46,7 @@ def compare(
         files = [f for path in docs for f in expand(path) if left_out.isdisjoint([f.resolve(), *f.resolve().parents])]
         if not files:
             where = ", ".join(map(str, docs))
-            raise KVMemError(f"There are no documents in {where}. Give text, Markdown, HTML or PDF.")
+            raise KVMemError(f"There are no documents in {where}. Give text, Markdown, HTML or PDF files.")
         asked = None if questions is None else load(questions)[:limit]
         loaded = LanguageModel.load(model, ModelSettings(threads=threads))
         wanted = min(count, limit or count)
@@ -57,14 +59,14 @@ def compare(
             out.print(text, highlight=False, markup=False, soft_wrap=True)
         out.print(f"Wrote {page} and {output / 'compare.json'}", highlight=False, markup=False, soft_wrap=True)
         if open_report and typer.launch(str(page.resolve())):
-            raise KVMemError(f"No browser could be started. Open {page.resolve()} yourself.")
+            raise KVMemError(f"Could not start a browser. Open {page.resolve()} manually.")
 
 
 def _check_writable(directory: Path) -> None:
-    """Raises KVMemError before there is anything to lose."""
+    """Raise KVMemError early if results could not be written."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise KVMemError(f"Nothing can be written to {directory}: {error}. Give another --output.") from error
+        raise KVMemError(f"Cannot write to {directory}: {error}. Give another --output.") from error

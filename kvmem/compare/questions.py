@@ -1,4 +1,4 @@
-"""The questions of a comparison: from a file, or made from the documents."""
+"""The questions of a comparison: loaded from a file, or generated from the documents."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ _TASK = "Which question does the text answer?"
 
 @dataclass(frozen=True)
 class Question:
-    """answers: right ones, any of which counts; empty if unknown.
+    """A question.
 
-    evidence: texts that must all be in the prompt for the question to be answerable; empty if unknown.
+    answers: accepted answers, any of which is correct; empty if unknown.
+    evidence: texts that must all be in the prompt to answer the question; empty if unknown.
     """
 
     text: str
@@ -32,12 +33,14 @@ class Question:
 
 
 def load(path: Path) -> list[Question]:
-    """Questions of a file: one a line, or JSON (Lines): `{"question", "answers": [...], "evidence": [...]}`, where a
-    string stands for a question without answers. Raises InputError."""
+    """Load questions: one per line, or JSON (Lines) objects `{"question", "answers": [...], "evidence": [...]}`.
+
+    In JSON, a plain string is a question without answers. Raises InputError.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The questions cannot be read: {error}. Give a text file, .json or .jsonl.") from error
+        raise InputError(f"The questions cannot be read: {error}. Give a text, .json or .jsonl file.") from error
     try:
         if path.suffix.lower() == ".json":
             rows = json.loads(text)
@@ -50,11 +53,11 @@ def load(path: Path) -> list[Question]:
         questions = [_parse(row) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f'{path} does not hold questions: {error!r}. Give one a line, or JSON such as [{{"question": "…", '
+            f'{path} does not hold questions: {error!r}. Give one per line, or JSON such as [{{"question": "…", '
             '"answers": ["…"]}].'
         ) from error
     if not questions:
-        raise InputError(f"{path} holds no question. Give one a line, or none at all: they are then made up.")
+        raise InputError(f"{path} contains no questions. Give one per line, or omit the file to generate questions.")
     return questions
 
 
@@ -75,9 +78,9 @@ def _texts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
 
 
 def generate(model: LanguageModel, documents: Sequence[Document], count: int, seed: int) -> list[Question]:
-    """At most `count` questions that the model itself asks about chunks of the documents, drawn by `seed`.
+    """Let the model write up to `count` questions about chunks of the documents, sampled with `seed`.
 
-    Their evidence is the chunk; they have no right answers. Raises InputError if the model asks none.
+    Each question has its chunk as evidence and no answers. Raises InputError if the model writes no question.
     """
     chunks = [chunk for document in documents for chunk in document.chunks]
     random.Random(seed).shuffle(chunks)
@@ -90,12 +93,12 @@ def generate(model: LanguageModel, documents: Sequence[Document], count: int, se
             if asked := _first_question(answer.text):
                 questions.setdefault(asked, Question(asked, (), (chunk,)))
     if not questions:
-        raise InputError("The model wrote no question about these documents. Give some with --questions.")
+        raise InputError("The model wrote no questions about these documents. Give your own with --questions.")
     return list(questions.values())
 
 
 def _first_question(text: str) -> str:
-    """Up to the first question mark, from the line it stands on; empty if that is no question."""
+    """The line with the first question mark, up to that mark; empty if it is too short."""
     found = re.match(r"[^?？]*[?？]", text.strip())
     line = found[0].splitlines()[-1].strip() if found else ""
     return line if len(line) > 8 else ""

@@ -1,4 +1,4 @@
-"""A comparison as one HTML file that needs nothing else: tables, plots as SVG, every question and answer."""
+"""Writes a comparison as one self-contained HTML file: tables, SVG plots, all questions and answers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _STYLE: Any = {
 
 
 def check_installed() -> None:
-    """Raises KVMemError if the report could not be written."""
+    """Raise KVMemError if a package for the report is missing."""
     missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
     if missing:
         raise KVMemError(f"The report needs {' and '.join(missing)}: pip install 'kvmem[bench]'.")
@@ -77,13 +77,13 @@ def _svg(draw: Callable[[Any, dict[str, Any]], None], result: dict[str, Any]) ->
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
     text = file.getvalue()
-    # Names of groups would be there once for every plot of the page.
+    # Group ids would repeat in every plot of the page; ids must be unique.
     text = re.sub(r' id="[a-z][\w.]*_\d+"', "", text[text.index("<svg") :])
     return text.replace("<svg", f'<svg role="img" aria-label="{draw.__doc__}"', 1)
 
 
 def _first(axes: Any, result: dict[str, Any]) -> None:
-    """Time to the first token; every question a dot, the median a bar."""
+    """Time to the first token. Each dot is a question, the bar is the median."""
     labels = {**result["ways"], "cold": "kvmem, cold"}
     for place, name in enumerate(reversed(labels)):
         if name == "cold":
@@ -100,7 +100,7 @@ def _first(axes: Any, result: dict[str, Any]) -> None:
 
 
 def _cost(axes: Any, result: dict[str, Any]) -> None:
-    """Seconds waited for first tokens after so many questions, and where reading once has paid for itself."""
+    """Total seconds waited for first tokens by number of questions, and where reading once breaks even."""
     last = _horizon(result)
     _accumulate(axes, result, "first_token", result["reading"], last)
     for way, found in result["break_even"].items():
@@ -112,26 +112,26 @@ def _cost(axes: Any, result: dict[str, Any]) -> None:
 
 
 def _work(axes: Any, result: dict[str, Any]) -> None:
-    """Tokens that the model has computed before first tokens, after so many questions."""
+    """Total tokens computed before first tokens, by number of questions."""
     _accumulate(axes, result, "computed", result["tokens"], _horizon(result))
     axes.set_ylabel("tokens computed")
     axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
 def _horizon(result: dict[str, Any]) -> int:
-    """How many questions a plot of costs looks ahead."""
+    """The number of questions that the cost plots cover."""
     found = [even["queries"] for even in result["break_even"].values()]
     known = [queries for queries in found if queries is not None and queries < 500]
     return max(2 * len(result["rows"]), *(int(1.5 * queries) + 1 for queries in [0.0, *known]))
 
 
 def _accumulate(axes: Any, result: dict[str, Any], key: str, reading: float, last: int) -> None:
-    """What was measured as a line, continued by the mean as dashes."""
+    """Plot measured totals as a solid line, extrapolated with the mean as a dashed line."""
     measured = len(result["rows"])
     for name, start in {"rag": 0.0, "full": 0.0, "warm": reading, "cached": reading}.items():
         each = [row["ways"][name][key] for row in result["rows"]]
         spent = start + np.concatenate([[0.0], np.cumsum(each)])
-        label = "kvmem, reading included" if name == "warm" else result["ways"][name]
+        label = "kvmem, including reading" if name == "warm" else result["ways"][name]
         axes.plot(range(measured + 1), spent, lw=2.2, color=COLOURS[name], label=label)
         expected = spent[-1] + np.mean(each) * (last - measured)
         axes.plot([measured, last], [spent[-1], expected], "--", color=COLOURS[name])
@@ -142,7 +142,7 @@ def _accumulate(axes: Any, result: dict[str, Any], key: str, reading: float, las
 
 
 def _log(axes: Any) -> None:
-    """A logarithmic axis with plain numbers."""
+    """Use a logarithmic x axis with plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_xscale("log")
@@ -153,7 +153,7 @@ def _log(axes: Any) -> None:
 
 
 def _fidelity(axes: Any, result: dict[str, Any]) -> None:
-    """KL divergence from reading the same prompt anew, along its answer; every question a dot, the median a bar."""
+    """KL divergence from full prefill of the same prompt. Each dot is a question, the bar is the median."""
     names = ["warm", "cached"]
     for place, name in enumerate(reversed(names)):
         values = np.maximum([row["ways"][name]["kl"] for row in result["rows"]], 1e-6)
@@ -163,7 +163,7 @@ def _fidelity(axes: Any, result: dict[str, Any]) -> None:
     _log(axes)
     axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_yticks(range(len(names)), [result["ways"][name] for name in reversed(names)])
-    axes.set_xlabel("KL to the same prompt read anew, nats (log)")
+    axes.set_xlabel("KL to full prefill of the same prompt, nats (log)")
     axes.grid(axis="y", visible=False)
 
 

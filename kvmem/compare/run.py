@@ -1,10 +1,14 @@
-"""One run: every question to every way of answering it, with one model.
+"""Runs a comparison: asks every question with every method, using one model.
 
-Ways: `rag` retrieves the k best chunks and reads them with the question; `full` reads the whole prompt that kvmem used
-(all documents, if they fit); both by `model.generate` with transformers' own cache. `warm` is kvmem in the process that
-has read the documents; `restart` is kvmem opened anew for every question, with nothing but the store on disk; `cached`
-is kvmem on the very chunks that `rag` reads. `cold` is the first question of all, which waits until all documents are
-read.
+Methods:
+- `rag` retrieves the k best chunks and prefills them with the question.
+- `full` prefills the whole prompt that kvmem used (all documents, if they fit).
+- `warm` is kvmem in the process that has read the documents.
+- `restart` is kvmem reopened for every question, with only the store on disk.
+- `cached` is kvmem on the chunks that `rag` retrieves.
+- `cold` is kvmem's first question, including the time to read all documents.
+
+`rag` and `full` use `model.generate` with transformers' own cache.
 """
 
 from __future__ import annotations
@@ -29,8 +33,9 @@ from kvmem.compare.score import contains, f1, missing
 from kvmem.compare.summary import break_even, summarise
 from kvmem.engine import KVMem
 from kvmem.errors import InputError, PromptTooLongError
-from kvmem.generate import Sampling, call_generate
+from kvmem.generate import call_generate
 from kvmem.model import LanguageModel
+from kvmem.options import Sampling
 from kvmem.request import Request
 
 WAYS = {
@@ -55,15 +60,28 @@ def run(
     seed: int = 0,
     scratch: Path | None = None,
 ) -> dict[str, Any]:
-    """Compare on `documents` (as `KVMem.add_all` takes them) and `questions`; the result is JSON.
+    """Compare all methods on `documents` (as `KVMem.add_all` takes them) and `questions`.
 
-    questions: None has the model write `count` of them. k: chunks that ordinary RAG retrieves. max_tokens: of answers.
-    seed: of the order of ways, and of the chunks that questions are written about. scratch: where the store is put, for
-    as long as it takes; None is the system's temporary directory. Seconds throughout, from the call.
-    Raises InputError, EmptyInputError, before anything is measured.
+    All times are in seconds, from the call.
+
+    Args:
+        model: The model that answers.
+        documents: What to answer from.
+        questions: What to ask; None lets the model write `count` questions.
+        k: Number of chunks that RAG retrieves.
+        count: Number of questions to generate.
+        max_tokens: Maximum answer length in tokens.
+        seed: Seed for the order of the methods and for the chunks of generated questions.
+        scratch: Directory for a temporary store; None uses the system's temporary directory.
+
+    Returns:
+        The result, as a JSON-compatible dictionary.
+
+    Raises:
+        InputError, EmptyInputError: The input cannot be used; raised before anything is measured.
     """
     if questions is not None and not questions:
-        raise InputError("There are no questions. Give some, or None to have the model write them.")
+        raise InputError("There are no questions. Give some, or None to let the model write them.")
     with TemporaryDirectory(dir=scratch) as directory:
         store = Path(directory)
         _generate(model, torch.arange(16), 2)
@@ -82,7 +100,7 @@ def run(
             asked = make_questions(model, read, count, seed) if questions is None else list(questions)
             case = _Case(mem, side, judge, store, k, max_tokens)
             case.check(asked)
-            # The first forward of this size takes longer than the others.
+            # Warm-up: the first forward pass of this size is slower than later ones.
             _generate(model, torch.tensor(case.request(asked[0].text).prompt.token_ids), 2)
             rows = [case.ask(question, seed + n) for n, question in enumerate(track(asked, "compare"))]
             kept = mem.stats()
@@ -110,9 +128,9 @@ def run(
 
 @dataclass(frozen=True)
 class _Case:
-    """What every question is asked of.
+    """The engines and settings of a run.
 
-    mem has read the documents; side answers from chunks; judge is never timed. Each has a buffer of its own.
+    mem has read the documents, side answers from retrieved chunks, and judge is never timed. Each has its own buffer.
     """
 
     mem: KVMem
@@ -123,7 +141,7 @@ class _Case:
     max_tokens: int
 
     def check(self, questions: Sequence[Question]) -> None:
-        """Raises InputError for a question that some way cannot answer."""
+        """Raise InputError for a question that some method cannot answer."""
         for number, question in enumerate(questions, 1):
             try:
                 self.request(question.text)
@@ -133,20 +151,16 @@ class _Case:
                 raise InputError(f"Question {number}, {question.text[:60]!r}: {error}") from error
             if plan.mode != "whole":
                 raise InputError(
-                    f"The {self.k} chunks that RAG would read for question {number}, {question.text[:60]!r}, do not "
+                    f"The {self.k} chunks that RAG retrieves for question {number}, {question.text[:60]!r}, do not "
                     f"fit the model's window of {self.mem.local_model.window} tokens. Give a smaller -k."
                 )
 
     def request(self, question: str, context: Sequence[Any] | None = None) -> Request:
-        """The prompt of a question, planned."""
-        mem = self.mem
-        began = time.perf_counter()
-        return mem._worker.run(
-            lambda: mem._requests.for_question(began, question, context, None, self.max_tokens),
-        )
+        """The planned prompt of a question."""
+        return self.mem.build_prompt(question, context=context, max_tokens=self.max_tokens)
 
     def ask(self, question: Question, seed: int) -> dict[str, Any]:
-        """Every way, one after the other, in an order drawn by `seed`."""
+        """Ask a question with every method, in random order."""
         text, order = question.text, list(WAYS)
         random.Random(seed).shuffle(order)
         measured = {name: getattr(self, f"_{name}")(text) for name in order}
@@ -202,10 +216,10 @@ class _Case:
         return _of(self.side.ask(question, context=chunks), self.side.local_model.depth, retrieved)
 
     def _agree(self, read: dict[str, Any], state: Prefill) -> dict[str, float]:
-        """How far `state` is from what was read anew, along the answer of that."""
+        """Compare `state` with full prefill of the same prompt, along full prefill's answer."""
         answer, truth = read["token_ids"], read["log_probs"]
         if state.token_ids.tolist() != read["ids"].tolist():
-            # Chunks that were retrieved may stand in another order by now.
+            # Retrieved chunks may be in a different order; prefill the prompt in this order instead.
             truth = _read_along(self.mem.local_model, state.token_ids, answer)
         return agreement(truth, along(self.mem.local_model, state, answer))
 
@@ -215,7 +229,7 @@ def _texts(sources: Sequence[Source]) -> list[str]:
 
 
 def _of(answer: Answer, depth: int, before: float = 0.0) -> dict[str, Any]:
-    """before: seconds that passed before the engine was asked."""
+    """The measurements of an answer. before: seconds that passed before the engine was called."""
     return {
         "text": answer.text,
         "first_token": before + answer.timings.first_token,
@@ -229,8 +243,10 @@ def _of(answer: Answer, depth: int, before: float = 0.0) -> dict[str, Any]:
 
 
 def _generate(model: LanguageModel, ids: Tensor, max_tokens: int) -> dict[str, Any]:
-    """A greedy answer with transformers' own cache, under the rules that kvmem decodes by; its times, and its
-    log-probabilities [answer, vocab]."""
+    """Generate a greedy answer with transformers' own cache, using kvmem's decoding rules.
+
+    `log_probs` has the shape [answer, vocab].
+    """
     clock = Clock()
     began = time.perf_counter()
     output: Any = call_generate(
@@ -258,14 +274,14 @@ def _generate(model: LanguageModel, ids: Tensor, max_tokens: int) -> dict[str, A
 
 @torch.no_grad()
 def _read_along(model: LanguageModel, ids: Tensor, answer: Sequence[int]) -> Tensor:
-    """Log-probabilities [answer, vocab] along `answer`, by plainly reading it behind `ids`."""
+    """Log-probabilities [answer, vocab] along `answer`, from one forward pass over `ids` and `answer`."""
     whole = torch.cat([ids, torch.tensor(answer[:-1], dtype=ids.dtype)]).to(model.device)
     logits: Tensor = model.hf(whole[None], use_cache=False, logits_to_keep=len(answer)).logits[0].float()
     return logits.log_softmax(-1)
 
 
 def _row(found: dict[str, Any], question: Question, reference: str, corpus: Sequence[str]) -> dict[str, Any]:
-    """What is kept of one answer. `missing` is None where nobody can say what should have been in the prompt."""
+    """The reported fields of one answer. `missing` is None if it is unknown what the prompt should contain."""
     kept = ("text", "first_token", "total", "generated", "prompt", "computed")
     right = question.answers
     return {key: found[key] for key in kept} | {

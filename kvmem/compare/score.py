@@ -1,4 +1,4 @@
-"""Comparing answers, as SQuAD does (Rajpurkar et al., 2016)."""
+"""Scores answers with SQuAD's metrics (Rajpurkar et al., 2016)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _PUNCTUATION = re.compile(f"(?<=\\d),(?=\\d)|(?!(?<=\\d)[.:](?=\\d))[{re.escape(
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation (but 2.4 stays 2.4, and 02:00), articles and needless space."""
+    """Lower-case the text and drop punctuation, articles and extra spaces; 2.4 and 02:00 are kept."""
     plain = _PUNCTUATION.sub("", text.lower().translate(_QUOTES))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
 
 
 def f1(answer: str, right: Sequence[str]) -> float:
-    """The best F1 of words shared with one of the right answers, in [0, 1]."""
+    """The highest word F1 with any of the right answers, in [0, 1]."""
     return max((_f1(normalise(answer).split(), normalise(text).split()) for text in right), default=0.0)
 
 
@@ -32,15 +32,15 @@ def _f1(given: list[str], right: list[str]) -> float:
 
 
 def contains(answer: str, right: Iterable[str]) -> bool:
-    """Whether one of the right answers stands in the answer, as whole words."""
+    """Whether the answer contains one of the right answers, as whole words."""
     given = f" {normalise(answer)} "
     return any(f" {normalise(text)} " in given for text in right if normalise(text))
 
 
 def missing(question: Question, texts: Sequence[str], corpus: Sequence[str]) -> bool | None:
-    """Whether what an answer needs is not in a prompt of `texts`: some of the evidence, or else every right answer.
+    """Whether a prompt of `texts` lacks what the answer needs: part of the evidence, or every right answer.
 
-    None where nobody can say, since not all of the evidence, or no right answer, stands in the corpus.
+    Right answers are used only if there is no evidence. None if unknown, because the corpus itself lacks it.
     """
     prompt, whole = (normalise("\n".join(part)) for part in (texts, corpus))
     if question.evidence:

@@ -1,4 +1,4 @@
-"""What a comparison came to: medians, where reading once pays, and the same in words."""
+"""Summarizes a comparison: medians, break-even points, and a verdict in words."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _NAMES = {"rag": "RAG", "full": "full prefill", "warm": "kvmem", "cached": "kvme
 
 
 def summarise(rows: Sequence[dict[str, Any]], way: str) -> dict[str, Any]:
-    """Medians of times, means of the rest, over the questions it is known for; None where it is known for none.
+    """Medians of times and means of other values, over the questions with a known value; None if there are none.
 
-    judged: of how many questions it is known what should have been in the prompt.
+    judged: the number of questions for which it is known what the prompt should contain.
     """
     found = [row["ways"][way] for row in rows]
     seconds = {f"{key}_median": float(median(row[key] for row in found)) for key in ("first_token", "total")}
@@ -34,10 +34,10 @@ def summarise(rows: Sequence[dict[str, Any]], way: str) -> dict[str, Any]:
 def break_even(
     rows: Sequence[dict[str, Any]], way: str, ours: str, reading: float, seed: int
 ) -> dict[str, float | None]:
-    """After how many questions the waiting for first tokens that `ours` saves over `way` makes up for the reading.
+    """The number of questions after which the time saved by `ours` over `way` exceeds the reading time.
 
-    queries: None if nothing is saved. low, high: its 95% bootstrap interval over questions; high is None where it may
-    be never.
+    Only the time to the first token counts. queries: None if no time is saved. low, high: the 95% bootstrap interval
+    over questions; high is None if break-even may never happen.
     """
     saved = [row["ways"][way]["first_token"] - row["ways"][ours]["first_token"] for row in rows]
     least, most = bootstrap(saved, lambda values: float(values.mean()), seed)
@@ -49,8 +49,8 @@ def break_even(
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The summary, for a terminal."""
-    names = ("", "first token", "answer", "computed", "as full", "F1", "missing")
+    """The summary as a terminal table."""
+    names = ("", "first token", "answer", "computed", "overlap", "F1", "missing")
     shown = Table(*names, title=escape(headline(result)))
     for column in shown.columns[1:]:
         column.justify = "right"
@@ -69,7 +69,7 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def headline(result: dict[str, Any]) -> str:
-    """What was compared, in a line."""
+    """What was compared, in one line."""
     counts = ((result["documents"], "document"), (result["tokens"], "token"), (len(result["rows"]), "question"))
     return f"{result['model']}: " + ", ".join(_plural(count, name) for count, name in counts)
 
@@ -79,47 +79,48 @@ def _plural(count: int, name: str) -> str:
 
 
 def notices(result: dict[str, Any]) -> list[str]:
-    """What a reader must know before the figures."""
+    """Caveats to show before the results."""
     found = []
     if result["generated"]:
         found.append(
-            "No questions were given: the model wrote these about chunks drawn from the documents "
-            f"(seed {result['settings']['seed']}). They have no right answers, and what is missing in a prompt is the "
-            "chunk that a question was written about. Give your own with --questions."
+            "No questions were given, so the model wrote these about randomly chosen chunks "
+            f"(seed {result['settings']['seed']}). They have no known right answers; a prompt counts as missing the "
+            "answer if it lacks the chunk that the question was written about. Give your own with --questions."
         )
     if not result["fits"]:
         found.append(
             f"The documents do not all fit the model's window of {result['window']} tokens. kvmem fell back to "
-            "retrieval, as each question's plan says, and full prefill reads the prompt that kvmem would, not all "
+            "retrieval, as shown in each question's plan. Full prefill uses the same prompt as kvmem, not all "
             "documents."
         )
     if result["not_blendable"]:
         found.append(
-            f"Caches of this model cannot be moved, since {result['not_blendable']}: kvmem reuses exact prefixes only, "
-            "and reads what it retrieves anew. Ways share a store, so one may profit from what another read."
+            f"Entries of this model cannot be reused at other positions, because {result['not_blendable']}. kvmem "
+            "reuses exact prefixes only and prefills retrieved chunks. The methods share a store, so one may benefit "
+            "from entries that another computed."
         )
     return found
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """What came out, in sentences that are true of these figures."""
+    """The results in sentences."""
     summary = result["summary"]
     full, rag = (summary[name]["first_token_median"] for name in ("full", "rag"))
     warm, restart, cached = (summary[name]["first_token_median"] for name in ("warm", "restart", "cached"))
     parts = [
         f"Reading the documents took {result['reading']:.1f} s, once.",
-        f"Warm, the first token came after {warm / full:.0%} of full prefill's time and {warm / rag:.0%} of RAG's.",
-        f"After a restart, the first token came after {restart / full:.0%} of full prefill's time.",
-        f"On RAG's own chunks, kvmem's first token came after {cached / rag:.0%} of RAG's time.",
+        f"Warm, the first token took {warm / full:.0%} of full prefill's time and {warm / rag:.0%} of RAG's.",
+        f"After a restart, the first token took {restart / full:.0%} of full prefill's time.",
+        f"On RAG's chunks, kvmem's first token took {cached / rag:.0%} of RAG's time.",
     ]
     parts += [_pays(way, result["break_even"][way]) for way in ("full", "rag")]
     if summary["rag"]["contains"] is not None:
         listed = ", ".join(f"{_NAMES[way]} in {summary[way]['contains']:.0%}" for way in _NAMES)
-        parts.append(f"A right answer was given by {listed} of {_plural(len(result['rows']), 'question')}.")
+        parts.append(f"Right answers: {listed} of {_plural(len(result['rows']), 'question')}.")
     if summary["rag"]["missing"] is not None:
         parts.append(
-            f"What the answer needs was missing from RAG's prompt in {summary['rag']['missing']:.0%} of "
-            f"{_plural(summary['rag']['judged'], 'question')}, from kvmem's in {summary['warm']['missing']:.0%}."
+            f"Information needed to answer was missing from RAG's prompt in {summary['rag']['missing']:.0%} of "
+            f"{_plural(summary['rag']['judged'], 'question')} and from kvmem's in {summary['warm']['missing']:.0%}."
         )
     return " ".join(parts)
 
@@ -127,12 +128,11 @@ def verdict(result: dict[str, Any]) -> str:
 def _pays(way: str, found: dict[str, float | None]) -> str:
     name, queries, high = _NAMES[way], found["queries"], found["high"]
     if queries is None:
-        return f"Against {name} the reading does not pay: its first tokens come as early."
+        return f"Reading once never pays off against {name}, whose first tokens are as fast or faster."
     if high is None:
-        return f"Whether the reading pays against {name} cannot be told from so few questions."
+        return f"There are too few questions to tell whether reading once pays off against {name}."
     low = found["low"] or 0.0
     span = f"{math.ceil(low)} to {math.ceil(high)}"
     return (
-        f"The waiting saved makes up for the reading after {_plural(math.ceil(queries), 'question')} against {name} "
-        f"(95% interval: {span})."
+        f"Reading once pays off after {_plural(math.ceil(queries), 'question')} against {name} (95% interval: {span})."
     )

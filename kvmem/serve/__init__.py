@@ -1,1 +1,1 @@
-"""An OpenAI-compatible HTTP server over one model and one store: see `kvmem.serve.app.create_app`."""
+"""An OpenAI-compatible HTTP server for one model and one store; see `kvmem.serve.app.create_app`."""

@@ -1,4 +1,4 @@
-"""The routes: OpenAI's chats, completions and models; documents; health and metrics."""
+"""The HTTP routes: OpenAI's chat, completion and model endpoints, plus documents, threads, health and metrics."""
 
 from __future__ import annotations
 
@@ -30,32 +30,54 @@ from kvmem.stream import AnswerStream
 _FAULTS: dict[int | str, dict[str, Any]] = {
     status: {"model": FaultBody, "description": what}
     for status, what in {
-        400: "The request cannot be used.",
-        401: "An API key is needed.",
-        403: "Another namespace, or host.",
-        404: "There is no such model, document or conversation.",
+        400: "The request is invalid.",
+        401: "A valid API key is required.",
+        403: "Access to this namespace or host is not allowed.",
+        404: "The model, document or thread was not found.",
         408: "The request did not arrive in time.",
         413: "The request is too large.",
-        429: "Too many requests wait.",
-        500: "Something went wrong.",
-        502: "The server behind this one does not answer.",
-        503: "The server is closing.",
-        504: "There was no answer in time.",
+        429: "The request queue is full.",
+        500: "Internal server error.",
+        502: "The upstream vLLM server did not respond.",
+        503: "The server is shutting down.",
+        504: "The request timed out.",
     }.items()
 }
 _STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The answer, or its events.", "content": {"text/event-stream": {}, "application/json": {}}}
+    200: {
+        "description": "The answer as JSON, or as server-sent events.",
+        "content": {"text/event-stream": {}, "application/json": {}},
+    }
 }
-_Namespace = Query(default=None, min_length=1, max_length=200, description="Whose documents these are.")
+_Namespace = Query(default=None, min_length=1, max_length=200, description="The namespace (tenant).")
 
 
 def create_app(
     model: AnyModel, store: Store, settings: Settings | None = None, limits: ServeSettings | None = None
 ) -> FastAPI:
-    """An application that serves `model` over `store`; both stay the caller's, to be closed after it."""
+    """Create a FastAPI application that serves `model` with `store`.
+
+    The caller keeps ownership of `model` and `store` and must close both after the application has stopped.
+
+    Args:
+        model: The local model or vLLM model that answers.
+        store: Where entries and records are kept.
+        settings: Engine settings; None allows answers of up to a quarter of the model's window.
+        limits: Server limits and API keys; None uses the defaults, without keys.
+
+    Returns:
+        The application. `app.state.close()` cancels all running requests.
+
+    Example:
+        ```python
+        store = DiskStore("./kv-served")
+        app = create_app(LanguageModel.load("smollm2"), store)
+        uvicorn.run(app, host="127.0.0.1", port=8080)
+        ```
+    """
     limits = limits or ServeSettings()
     settings = settings or default_settings(model, limits)
-    _ = model.fingerprint  # the first request would wait for it otherwise
+    _ = model.fingerprint  # computed now, so that the first request does not wait for it
     gate = Gate(model.parallel, limits.queue, limits.share)
     tenants = Tenants(model, store, settings, limits.engines)
     desk = Desk(tenants, gate, Metrics(store, gate), limits, model.parallel)
@@ -66,8 +88,8 @@ def create_app(
         yield
         await asyncio.to_thread(desk.close)
 
-    app = FastAPI(title="kvmem", description="A model that has read your documents.", lifespan=lifespan)
-    # For whoever runs it: ends what is under way, whose clients are told.
+    app = FastAPI(title="kvmem", description="An OpenAI-compatible API with cached documents.", lifespan=lifespan)
+    # Lets the process that runs the app cancel requests in progress; their clients get an error.
     app.state.close = desk.close
     install(app)
     app.include_router(server.router())
@@ -76,17 +98,17 @@ def create_app(
 
 
 def default_settings(model: AnyModel, limits: ServeSettings) -> Settings:
-    """Answers may take a quarter of the window, when a request does not say how long; clients expect whole ones."""
+    """Settings that let an answer use a quarter of the window by default; clients expect complete answers."""
     return Settings(max_tokens=longest_answer(model, limits))
 
 
 def longest_answer(model: AnyModel, limits: ServeSettings) -> int:
-    """Tokens of an answer that a request says nothing of."""
+    """The maximum answer length, in tokens, for requests that do not set one."""
     return max(1, min(limits.max_tokens, model.window // 4))
 
 
 class _Server:
-    """The handlers of the routes."""
+    """The route handlers."""
 
     def __init__(self, desk: Desk, model: AnyModel, settings: Settings) -> None:
         self._desk, self._model, self._settings = desk, model, settings
@@ -109,20 +131,20 @@ class _Server:
         return router
 
     async def health(self) -> dict[str, Any]:
-        """Whether requests are taken."""
+        """Report that the server accepts requests, and how many are running and waiting."""
         return {"status": "ok", "running": self._desk.gate.running, "waiting": self._desk.gate.waiting}
 
     async def metrics(self) -> Response:
-        """Counters, for Prometheus."""
+        """Return metrics in Prometheus format."""
         text = await self._desk.in_thread(self._desk.metrics.text)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self) -> dict[str, Any]:
-        """The model that is served."""
+        """List the served model."""
         return {"object": "list", "data": [self._card()]}
 
     async def one_model(self, name: str) -> dict[str, Any]:
-        """The model, by its name."""
+        """Return the model with this name."""
         self._check_model(name)
         return self._card()
 
@@ -139,7 +161,7 @@ class _Server:
         return await self._reply(request, "chat.completion", namespace, start, body, held=options["tools"] is not None)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
-        """Continue a text, which is the model's whole prompt."""
+        """Complete a text. The text is the entire prompt."""
         self._check_model(body.model)
         namespace = self._namespace(request, body.kvmem.namespace)
         prompt, options = body.one_prompt(), body.sampling(self._desk.settings.max_tokens)
@@ -163,7 +185,7 @@ class _Server:
         async def begin() -> Job:
             job = await self._desk.begin(namespace, start)
             try:
-                # What goes wrong before the first token has a status of its own, also for who wants events.
+                # An error before the first token gets its own HTTP status, even when streaming.
                 await job.first()
             except BaseException:
                 job.close()
@@ -184,39 +206,39 @@ class _Server:
         return Events(job, _events(job, reply, body.wants_usage, held))
 
     async def add_document(self, body: DocumentRequest, request: Request) -> dict[str, Any]:
-        """Read a text, once; one of the same id is replaced, and only what changed is read."""
+        """Add a document. A document with the same id is replaced, and only the changed parts are read."""
         namespace = self._namespace(request, body.namespace)
         document = as_document(body.text, body.id, body.metadata)
-        added = self._desk.work(namespace, lambda mem, over: mem.add(document, cancelled=over))
+        added = self._desk.work(namespace, lambda mem, stop: mem.add(document, cancellation=stop))
         return describe(await while_connected(request, added))
 
     async def list_documents(self, request: Request, namespace: str | None = _Namespace) -> dict[str, Any]:
-        """All documents, in the order they were added."""
+        """List all documents in the order they were added."""
         found = await self._desk.look(self._namespace(request, namespace), lambda mem: mem.list())
         return {"object": "list", "data": [describe(document) for document in found]}
 
     async def get_document(self, id: str, request: Request, namespace: str | None = _Namespace) -> dict[str, Any]:  # noqa: A002
-        """A document, with its text."""
+        """Return a document with its text."""
         document = await self._desk.look(self._namespace(request, namespace), lambda mem: mem.get(id))
         return describe(document, text=True)
 
     async def remove_document(self, id: str, request: Request, namespace: str | None = _Namespace) -> dict[str, Any]:  # noqa: A002
-        """Remove a document and every cache of text that no other document has."""
+        """Remove a document and all entries of text that no other document contains."""
         await self._desk.work(self._namespace(request, namespace), lambda mem, _: mem.remove(id))
         return {"object": "document", "id": id, "deleted": True}
 
     async def list_threads(self, request: Request, namespace: str | None = _Namespace) -> dict[str, Any]:
-        """The names of the conversations that are kept."""
+        """List the names of all threads."""
         found = await self._desk.look(self._namespace(request, namespace), lambda mem: mem.threads())
         return {"object": "list", "data": [{"object": "thread", "id": name} for name in found]}
 
     async def get_thread(self, id: str, request: Request, namespace: str | None = _Namespace) -> dict[str, Any]:  # noqa: A002
-        """A conversation, the last answer included."""
+        """Return the messages of a thread, including the last answer."""
         messages = await self._desk.look(self._namespace(request, namespace), lambda mem: mem.history(id))
         return {"object": "thread", "id": id, "messages": list(messages)}
 
     async def remove_thread(self, id: str, request: Request, namespace: str | None = _Namespace) -> dict[str, Any]:  # noqa: A002
-        """Remove a conversation and what is kept of it."""
+        """Remove a thread and its entries."""
         await self._desk.work(self._namespace(request, namespace), lambda mem, _: mem.forget_thread(id))
         return {"object": "thread", "id": id, "deleted": True}
 
@@ -231,18 +253,23 @@ class _Server:
 
     def _check_model(self, name: str) -> None:
         if name != self._model.name:
-            message = f"There is no model {name[:200]!r} here. This server has {self._model.name!r}."
+            message = f"There is no model {name[:200]!r} on this server. Use {self._model.name!r}."
             raise HTTPException(404, message)
 
     def _namespace(self, request: Request, wanted: str | None) -> str:
         own: str | None = request.state.namespace
         if own is not None and wanted not in (None, own):
-            raise HTTPException(403, "This API key opens another namespace. Leave namespace out.")
+            raise HTTPException(
+                403, "This API key belongs to a different namespace. Omit the namespace from the request."
+            )
         return own or wanted or self._settings.namespace
 
 
 async def _events(job: Job, reply: Reply, with_usage: bool, held: bool) -> AsyncIterator[str]:
-    """The answer as events. held: whether its text is kept until its end, when it is known what is a call."""
+    """Yield the answer as server-sent events.
+
+    held: send the text only at the end, when tool calls can be told apart from text.
+    """
     try:
         if reply.kind == "chat.completion":
             yield event(reply.role())

@@ -1,4 +1,4 @@
-"""`kvmem serve`."""
+"""The `kvmem serve` command."""
 
 from __future__ import annotations
 
@@ -17,33 +17,37 @@ from kvmem.locate import is_remote
 
 def serve(
     model: Model = "smollm2",
-    store: Annotated[Path, typer.Option("--store", envvar="KVMEM_STORE", help="Where caches are kept.")] = Path(
+    store: Annotated[Path, typer.Option("--store", envvar="KVMEM_STORE", help="Directory of the store.")] = Path(
         ".kvmem"
     ),
-    host: Annotated[str, typer.Option(help="The address to listen at; others than this machine's need --keys.")] = (
+    host: Annotated[str, typer.Option(help="Address to listen on; any but a loopback address requires --keys.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
-    name: Annotated[str | None, typer.Option(help="What clients call the model; default: the end of its name.")] = None,
-    keys: Annotated[Path | None, typer.Option(help="A file of lines 'namespace key'.", envvar="KVMEM_KEYS")] = None,
+    name: Annotated[str | None, typer.Option(help="Model name for clients; default: the last part of --model.")] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="File with one 'namespace key' pair per line.", envvar="KVMEM_KEYS")
+    ] = None,
     threads: Threads = None,
     blend: Annotated[str, typer.Option(help="Selector: query, deviation, first_k, none or all.")] = "query",
-    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer that may be asked for.")] = 4096,
-    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 64,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds from a request to the end of its answer.")] = 300.0,
-    body_bytes: Annotated[int, typer.Option(min=1, help="The largest request.")] = 16_000_000,
-    tokenizer: Annotated[str | None, typer.Option(help="Of a vLLM server's model, if it names none.")] = None,
-    separator: Annotated[str | None, typer.Option(help="Between chunks, for LMCache on a vLLM server.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="KVMEM_API_KEY", help="Of a vLLM server.")] = None,
-    disk_bytes: Annotated[int | None, typer.Option(min=0, help="The most the store may keep.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum answer length that a request may ask for.")] = 4096,
+    queue: Annotated[int, typer.Option(min=1, help="Maximum number of waiting requests.")] = 64,
+    timeout: Annotated[float, typer.Option(min=1, help="Maximum seconds per request, queueing included.")] = 300.0,
+    body_bytes: Annotated[int, typer.Option(min=1, help="Maximum size of a request body.")] = 16_000_000,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer of a vLLM server's model, if the server names none.")
+    ] = None,
+    separator: Annotated[str | None, typer.Option(help="Chunk separator, for LMCache on a vLLM server.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="KVMEM_API_KEY", help="API key of a vLLM server.")] = None,
+    disk_bytes: Annotated[int | None, typer.Option(min=0, help="Maximum size of the store.")] = None,
 ) -> None:
-    """Serve OpenAI's API: chats, completions, documents. Ctrl-C ends it."""
+    """Serve an OpenAI-compatible API with documents. Press Ctrl-C to stop."""
     with errors():
         try:
             from kvmem.serve.app import create_app, longest_answer
             from kvmem.serve.run import run
         except ImportError as error:
-            raise InputError("The server needs more packages: pip install 'kvmem[serve]'.") from error
+            raise InputError("The server requires additional packages. Run: pip install 'kvmem[serve]'") from error
         from kvmem.serve.settings import ServeSettings, check_address, read_keys
         from kvmem.store.open import open_store
 
@@ -69,7 +73,9 @@ def serve(
         try:
             app = create_app(loaded, opened, settings, limits)
             where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            err.print(f"{loaded.name} is served at http://{where}/v1 (Ctrl-C ends it)", highlight=False, markup=False)
+            err.print(
+                f"Serving {loaded.name} at http://{where}/v1 (press Ctrl-C to stop)", highlight=False, markup=False
+            )
             run(app, host, port)
         finally:
             opened.close()

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape."""
+"""Converts errors to OpenAI's error format."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger("kvmem.serve")
 
 
 class Fault(BaseModel):
-    """What went wrong. type: the kind of error; param: the field that was wrong, if it was one."""
+    """An error. type: the error class; param: the invalid field, if any."""
 
     message: str
     type: str
@@ -40,38 +40,38 @@ class Fault(BaseModel):
 
 
 class FaultBody(BaseModel):
-    """The body of every reply that is no success."""
+    """The body of every error response."""
 
     error: Fault
 
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-_INTERNAL = "Something went wrong in the server. Its log says what; ask again later."
+_INTERNAL = "Internal server error. Check the server log, or try again later."
 
 
 def fault(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The body of an error."""
+    """Build the body of an error response."""
     kind = _TYPES.get(status) or ("invalid_request_error" if status < 500 else "server_error")
     return FaultBody(error=Fault(message=message, type=kind, param=param, code=code)).model_dump()
 
 
 def told(error: BaseException) -> tuple[int, dict[str, Any]]:
-    """The status and body for an error. What is not the client's doing goes to the log, and is not told."""
+    """The HTTP status and body for an error. Server-side errors are logged, and their details are not sent."""
     if isinstance(error, QueueFullError):
-        return 429, fault(429, "Too many requests wait already. Ask again in a moment.", code="queue_full")
+        return 429, fault(429, "The request queue is full. Try again in a moment.", code="queue_full")
     if isinstance(error, PromptTooLongError):
         return 400, fault(400, str(error), code="context_length_exceeded")
     if isinstance(error, AnswerTimeoutError | TimeoutError):
-        message = "There was no answer in time. Ask for less, or again when there is less to do."
+        message = "The request timed out. Shorten it, or try again when the server is less busy."
         return 504, fault(504, message, code="timeout")
     if isinstance(error, ClosedError):
-        return 503, fault(503, "The server is closing, or the request was cancelled. Ask again.")
+        return 503, fault(503, "The server is shutting down, or the request was cancelled. Try again.")
     if isinstance(error, RefusedError):
         logger.error("kvmem: %s", error)
-        return 400, fault(400, "The server behind this one does not take the request. Ask for something simpler.")
+        return 400, fault(400, "The upstream vLLM server rejected the request. Simplify it and try again.")
     if isinstance(error, RemoteError | ModelNotFoundError):
         logger.error("kvmem: %s", error)
-        return 502, fault(502, "The server behind this one cannot be reached, or broke off. Ask again.")
+        return 502, fault(502, "The upstream vLLM server is unreachable or dropped the connection. Try again.")
     if isinstance(error, LookupError) and isinstance(error, KVMemError):
         return 404, fault(404, str(error))
     if isinstance(error, KVMemError) and isinstance(error, InputError | ModelError):
@@ -89,17 +89,17 @@ def respond(error: BaseException) -> JSONResponse:
 
 
 def install(app: FastAPI) -> None:
-    """Let `app` tell every error in OpenAI's shape."""
+    """Make `app` return every error in OpenAI's format."""
 
     async def invalid(_: Request, error: Any) -> JSONResponse:
         where, what = _first(error.errors())
-        return JSONResponse(fault(400, f"{where}: {what}. See /docs for what is taken." if where else what, where), 400)
+        return JSONResponse(fault(400, f"{where}: {what}. See /docs for the format." if where else what, where), 400)
 
     async def http(_: Request, error: Any) -> JSONResponse:
         return JSONResponse(fault(error.status_code, str(error.detail)), error.status_code, headers=error.headers)
 
     async def left(_: Request, error: Exception) -> Response:
-        # As nginx counts it; nobody reads this.
+        # nginx's status for a closed connection; the client does not see it.
         return Response(status_code=499)
 
     app.add_exception_handler(ClientLeftError, left)
@@ -114,7 +114,7 @@ def install(app: FastAPI) -> None:
 
 
 def _first(errors: Sequence[Any]) -> tuple[str | None, str]:
-    """The field and the message of the first error."""
+    """The field and message of the first validation error."""
     first = errors[0]
     where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
     if first["type"] == "json_invalid":

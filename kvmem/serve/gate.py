@@ -1,4 +1,4 @@
-"""Gate: whose turn it is. Namespaces take turns, and within one whoever came first."""
+"""Gate: admits requests round-robin across namespaces, first come, first served within a namespace."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections import OrderedDict, deque
 
 
 class QueueFullError(Exception):
-    """As many requests wait as may."""
+    """The request queue is full."""
 
 
 class Gate:
-    """Lets `parallel` requests through at a time. For one event loop.
+    """Admits `parallel` requests at a time. Use it from one event loop only.
 
-    queue: how many may wait in all, and share: of one namespace.
+    queue: the maximum number of waiting requests. share: the maximum per namespace.
     """
 
     def __init__(self, parallel: int, queue: int, share: int) -> None:
@@ -26,7 +26,7 @@ class Gate:
         return sum(map(len, self._waiting.values()))
 
     async def enter(self, namespace: str) -> None:
-        """Wait for a turn; `leave` ends it. Raises QueueFullError."""
+        """Wait until admitted; call `leave` when done. Raises QueueFullError."""
         if self.running < self._parallel and not self._waiting:
             self.running += 1
             return
@@ -44,12 +44,12 @@ class Gate:
             raise
 
     def leave(self) -> None:
-        """End a turn; the next begins."""
+        """Free the slot and admit the next requests."""
         self.running -= 1
         while self._waiting and self.running < self._parallel:
             namespace, turns = next(iter(self._waiting.items()))
             turn = turns.popleft()
-            # Its other requests wait until every other namespace has had a turn.
+            # Reinserted at the end, so every other namespace goes first.
             del self._waiting[namespace]
             if turns:
                 self._waiting[namespace] = turns

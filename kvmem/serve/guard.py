@@ -1,4 +1,4 @@
-"""Guard: what is decided about a request before it is looked into: who asks, how much, and how it is logged."""
+"""Guard: checks authentication, host and size of a request before it is parsed, and logs it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OPEN = frozenset({"/health"})
 
 
 class Guard:
-    """ASGI middleware. It puts the namespace of the key, or None without keys, into `request.state.namespace`."""
+    """ASGI middleware. Sets `request.state.namespace` to the API key's namespace, or to None without keys."""
 
     def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
@@ -47,11 +47,11 @@ class Guard:
                 await self._app(scope, self._limited(receive), watched)
         except Exception as error:
             if status:
-                raise  # the reply has begun; the server closes the connection
+                raise  # the response has started; the server closes the connection
             await respond(error)(scope, receive, watched)
         finally:
             route = str(getattr(scope.get("route"), "path", "other"))
-            # A client that left before there was a reply is counted as nginx does it.
+            # 499 is nginx's status for a client that disconnected before the response.
             self._metrics.request(route, status or 499)
             seconds = time.perf_counter() - started
             logger.info("%s %s %s %.3f s", scope["method"], route, status or 499, seconds)
@@ -63,33 +63,35 @@ class Guard:
         if size.isdigit() and int(size) > self._settings.body_bytes:
             return JSONResponse(self._too_large(), 413)
         if not self._settings.keys:
-            # A page in a browser here may send requests, by a name of its own that it lets point to this machine.
+            # DNS rebinding: a web page can resolve its own host name to this machine and send requests.
             host = headers.get("host", "").lower()
             name = host[1:].split("]")[0] if host.startswith("[") else host.rsplit(":", 1)[0]
             if name not in LOOPBACK:
-                message = f"Nothing is served for the host {name[:100]!r}. Use 127.0.0.1, or keys."
+                message = f"The host {name[:100]!r} is not allowed. Use 127.0.0.1, or start the server with --keys."
                 return JSONResponse(fault(403, message), 403)
-            # Nor may a page that names this machine rightly.
+            # Cross-origin requests from web pages are refused as well.
             origin = headers.get("origin")
             if origin is not None and urlsplit(origin).hostname not in LOOPBACK:
-                return JSONResponse(fault(403, "Pages of other hosts get nothing from here. Use keys."), 403)
+                return JSONResponse(
+                    fault(403, "Cross-origin requests are not allowed. Start the server with --keys."), 403
+                )
             return None
         if scope["path"] in _OPEN:
             return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
         namespace = self._settings.namespace_of(key.strip()) if scheme.lower() == "bearer" else None
         if namespace is None:
-            message = "This server needs an API key it knows. Send it as 'Authorization: Bearer KEY'."
+            message = "The API key is missing or unknown. Send it as 'Authorization: Bearer KEY'."
             body = fault(401, message, code="invalid_api_key")
             return JSONResponse(body, 401, headers={"WWW-Authenticate": "Bearer"})
         scope["state"]["namespace"] = namespace
         return None
 
     def _too_large(self) -> dict[str, Any]:
-        return fault(413, f"The request is larger than {self._settings.body_bytes} bytes. Send less at a time.")
+        return fault(413, f"The request is larger than {self._settings.body_bytes} bytes. Send a smaller request.")
 
     def _limited(self, receive: Receive) -> Receive:
-        """`receive`, which gives up on a body that is too large or too slow."""
+        """Wrap `receive` to reject a body that is too large or arrives too slowly."""
         got, over = 0, False
         deadline = time.monotonic() + self._settings.body_timeout
 
@@ -100,7 +102,9 @@ class Guard:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
             except TimeoutError:
-                raise HTTPException(408, "The request did not arrive in time. Send it faster, or less.") from None
+                raise HTTPException(
+                    408, "The request body did not arrive in time. Send it faster, or send less."
+                ) from None
             got += len(message.get("body", b""))
             over = not message.get("more_body", False)
             if got > self._settings.body_bytes:

@@ -1,4 +1,4 @@
-"""Job: one answer under way. Its turn ends when the engine has let go of it, however the reply to the client ends."""
+"""Job: one answer in progress. It holds its slot until the engine has finished, however the response ends."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from kvmem.answer import Answer
+from kvmem.cancellation import Cancellation
 from kvmem.engine import KVMem
-from kvmem.errors import AnswerTimeoutError, ClosedError
-from kvmem.model import LanguageModel
+from kvmem.errors import ClosedError
 from kvmem.serve.gate import Gate
 from kvmem.serve.metrics import Metrics
 from kvmem.serve.settings import ServeSettings
@@ -23,18 +23,18 @@ from kvmem.serve.tenants import Tenants
 from kvmem.stream import AnswerStream
 
 T = TypeVar("T")
-# Seconds after its answer's end that a client may take to read the rest of it.
+# Extra seconds for a client to read the rest of a finished answer.
 _GRACE = 60.0
 
 
 class ClientLeftError(Exception):
-    """Nobody reads the reply any more."""
+    """The client disconnected."""
 
 
 class Desk:
-    """Where requests wait for their turn, and are worked on.
+    """Queues requests and runs them.
 
-    parallel: how many turns there are at a time; each may need a thread, and so may what needs no turn.
+    parallel: the number of slots. Each may need a thread, and so may work that needs no slot.
     """
 
     def __init__(self, tenants: Tenants, gate: Gate, metrics: Metrics, settings: ServeSettings, parallel: int) -> None:
@@ -43,7 +43,7 @@ class Desk:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def look(self, namespace: str, look: Callable[[KVMem], T]) -> T:
-        """What needs no turn, since the model is not run."""
+        """Run `look` without a slot; it must not run the model."""
 
         def work() -> T:
             mem = self.tenants.take(namespace)
@@ -54,22 +54,16 @@ class Desk:
 
         return await self.in_thread(work)
 
-    async def work(self, namespace: str, work: Callable[[KVMem, Callable[[], bool]], T]) -> T:
-        """Do `work` in a turn. It gets the engine, and what says that nobody waits for it any more."""
-        deadline, left, entered = self._deadline(), asyncio.Event(), asyncio.Event()
-
-        def over() -> bool:
-            return left.is_set() or time.monotonic() > deadline or self.tenants.closed
+    async def work(self, namespace: str, work: Callable[[KVMem, Cancellation], T]) -> T:
+        """Do `work` in a turn. It gets the engine, and a cancellation for when the client disconnects."""
+        deadline, entered = self._deadline(), asyncio.Event()
+        cancellation = Cancellation(self.settings.timeout)
 
         async def turn() -> T:
             await self._enter(namespace, deadline)
             entered.set()
             try:
-                return await self.look(namespace, lambda mem: work(mem, over))
-            except ClosedError:
-                if time.monotonic() > deadline:
-                    raise AnswerTimeoutError("It was not read in time. Send less at once.") from None
-                raise
+                return await self.look(namespace, lambda mem: work(mem, cancellation))
             finally:
                 self.gate.leave()
 
@@ -77,13 +71,13 @@ class Desk:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            left.set()
+            cancellation.cancel()
             if not entered.is_set():
                 task.cancel()
             raise
 
     async def begin(self, namespace: str, start: Callable[[KVMem, float], AnswerStream]) -> Job:
-        """Begin an answer, when it is its turn. start: gets the engine and the seconds that are left.
+        """Start an answer as soon as a slot is free. start: gets the engine and the remaining seconds.
 
         Raises TimeoutError, QueueFullError, KVMemError.
         """
@@ -97,7 +91,7 @@ class Desk:
         return job
 
     async def _own(self, job: Job) -> None:
-        """A job's whole turn."""
+        """Wait for a slot, run the job, and free the slot."""
         try:
             await self._enter(job.namespace, job.deadline)
             job.entered = True
@@ -108,7 +102,7 @@ class Desk:
         except BaseException as error:
             if not job.begun.done():
                 job.begun.set_exception(error)
-                _ = job.begun.exception()  # there may be nobody left to look at it
+                _ = job.begun.exception()  # marks it as retrieved; the waiter may be gone
 
     async def _run(self, job: Job) -> None:
         mem = await self.in_thread(lambda: self.tenants.take(job.namespace))
@@ -120,8 +114,7 @@ class Desk:
             if not job.begun.done():
                 job.begun.set_result(None)
             await stream.ended()
-            blendable = not isinstance(mem.model, LanguageModel) or mem.model.blendable
-            self.metrics.ended(stream, blendable)
+            self.metrics.ended(stream, mem.limitation is None)
         finally:
             await self.in_thread(lambda: self.tenants.give_back(job.namespace))
 
@@ -138,21 +131,21 @@ class Desk:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def keep(self, work: Any) -> asyncio.Task[Any]:
-        """A task of a coroutine; an event loop keeps none by itself."""
+        """Start a task and keep a reference to it; event loops hold only weak ones."""
         task: asyncio.Task[Any] = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        # What nobody waits for any more may fail.
+        # Retrieve the exception, so that asyncio does not warn about it.
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task
 
     def close(self) -> None:
-        """Cancel what runs, and wait for its end."""
+        """Cancel all running work and wait for it to end."""
         self.tenants.close()
 
 
 class Job:
-    """An answer. deadline: `time.monotonic` seconds. begun: done once it has its turn and a stream, or has failed."""
+    """One answer. deadline: `time.monotonic()` seconds. begun: done once it has a slot and a stream, or has failed."""
 
     def __init__(self, namespace: str, start: Callable[[KVMem, float], AnswerStream], deadline: float) -> None:
         self.namespace, self.start, self.deadline = namespace, start, deadline
@@ -163,26 +156,26 @@ class Job:
         self._first: str | None = None
 
     async def first(self) -> None:
-        """Wait for the first piece, or the end. Raises what the work does until then."""
+        """Wait for the first piece or the end. Raises any error that occurs before it."""
         if self.stream is not None:
             self._first = await anext(self.stream, None)
 
     async def pieces(self) -> AsyncIterator[str]:
-        """The pieces of the answer, that which `first` waited for included."""
+        """Yield the pieces of the answer, including the one that `first` waited for."""
         if self._first is not None and self.stream is not None:
             yield self._first
             async for piece in self.stream:
                 yield piece
 
     async def answer(self) -> Answer:
-        """The whole answer. Raises ClosedError when the server ended it."""
+        """Wait for the whole answer. Raises ClosedError if it was cancelled."""
         found = None if self.stream is None else await self.stream.wait()
         if found is None or found.finish_reason == "cancelled":
-            raise ClosedError("The answer was ended before its end. Ask again.")
+            raise ClosedError("The answer was cancelled before it was complete. Try again.")
         return found
 
     def close(self) -> None:
-        """Nobody reads the answer any more: what is under way is cancelled. Nothing happens to one that is complete."""
+        """Cancel the answer if it is not complete."""
         self.left = True
         if self.stream is not None:
             self.stream.close()
@@ -191,7 +184,7 @@ class Job:
 
 
 class Events(StreamingResponse):
-    """Server-sent events of a job, which is closed however the reply ends."""
+    """Streams a job as server-sent events and closes the job when the response ends."""
 
     def __init__(self, job: Job, events: AsyncIterator[str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -206,7 +199,7 @@ class Events(StreamingResponse):
 
 
 async def while_connected(request: Request, work: Any) -> Any:
-    """What `work`, a coroutine, gives; it is cancelled when the client leaves. Raises ClientLeftError then."""
+    """Await `work`; cancel it and raise ClientLeftError if the client disconnects."""
 
     async def leaves() -> None:
         while (await request.receive())["type"] != "http.disconnect":

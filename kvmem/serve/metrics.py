@@ -1,4 +1,4 @@
-"""Metrics: what a server counts, for Prometheus. No label names a tenant, a document or a text."""
+"""Metrics for Prometheus. No label contains a namespace, document or text."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 
 
 
 class Metrics:
-    """Counters of one server."""
+    """The metrics of one server."""
 
     def __init__(self, store: Store, gate: Gate) -> None:
         registry = self._registry = CollectorRegistry()
         self._requests = Counter(
-            "kvmem_requests", "Requests answered, by route and HTTP status.", ["route", "status"], registry=registry
+            "kvmem_requests", "Requests, by route and HTTP status.", ["route", "status"], registry=registry
         )
         self._tokens = Counter(
-            "kvmem_tokens", "Tokens of prompts by what was done for them, and of answers.", ["kind"], registry=registry
+            "kvmem_tokens", "Prompt tokens by class, and generated tokens.", ["kind"], registry=registry
         )
         self._fallbacks = Counter(
-            "kvmem_fallbacks", "Prompts that lack something that was asked for.", ["reason"], registry=registry
+            "kvmem_fallbacks", "Prompts built with a fallback, by reason.", ["reason"], registry=registry
         )
-        self._cancelled = Counter("kvmem_cancelled", "Answers that were ended early.", registry=registry)
+        self._cancelled = Counter("kvmem_cancelled", "Cancelled answers.", registry=registry)
         self._first_token = Histogram(
             "kvmem_first_token_seconds",
-            "From a turn to its first token.",
+            "Time from admission to the first token.",
             buckets=_SECONDS,
             registry=registry,
         )
         self._queue_seconds = Histogram(
-            "kvmem_queue_seconds", "From a request's arrival to its turn.", buckets=_SECONDS, registry=registry
+            "kvmem_queue_seconds", "Time from arrival to admission.", buckets=_SECONDS, registry=registry
         )
-        Gauge("kvmem_queue_length", "Requests that wait.", registry=registry).set_function(lambda: gate.waiting)
-        Gauge("kvmem_running", "Requests being answered.", registry=registry).set_function(lambda: gate.running)
+        Gauge("kvmem_queue_length", "Waiting requests.", registry=registry).set_function(lambda: gate.waiting)
+        Gauge("kvmem_running", "Running requests.", registry=registry).set_function(lambda: gate.running)
         registry.register(_StoreCollector(store))
 
     def request(self, route: str, status: int) -> None:
@@ -51,13 +51,13 @@ class Metrics:
         self._queue_seconds.observe(seconds)
 
     def ended(self, stream: AnswerStream, blendable: bool) -> None:
-        """Count an answer that is worked on no more, whatever came of it."""
+        """Count an answer that has ended, successfully or not."""
         try:
             answer = stream.answer
         except ClosedError:
             self._cancelled.inc()
             return
-        except Exception:  # it was told to who asked
+        except Exception:  # already reported to the client
             return
         if answer.finish_reason == "cancelled":
             self._cancelled.inc()
@@ -69,7 +69,7 @@ class Metrics:
             self._fallbacks.labels(reason).inc()
 
     def text(self) -> bytes:
-        """In Prometheus' exposition format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
@@ -83,15 +83,15 @@ def _fallbacks(plan: Plan, blendable: bool) -> Iterator[str]:
 
 
 class _StoreCollector:
-    """Looks at the store when it is asked."""
+    """Reads the store's statistics when metrics are scraped."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def collect(self) -> Iterator[Metric]:
         stats = self._store.stats()
-        yield GaugeMetricFamily("kvmem_store_entries", "Entries kept.", value=stats.entries)
-        yield GaugeMetricFamily("kvmem_store_bytes", "Bytes of KV kept.", value=stats.bytes)
-        yield CounterMetricFamily("kvmem_store_hits", "Entries found.", value=stats.hits)
-        yield CounterMetricFamily("kvmem_store_misses", "Entries not found.", value=stats.misses)
+        yield GaugeMetricFamily("kvmem_store_entries", "Entries in the store.", value=stats.entries)
+        yield GaugeMetricFamily("kvmem_store_bytes", "Bytes of KV in the store.", value=stats.bytes)
+        yield CounterMetricFamily("kvmem_store_hits", "Lookups that found an entry.", value=stats.hits)
+        yield CounterMetricFamily("kvmem_store_misses", "Lookups that found no entry.", value=stats.misses)
         yield CounterMetricFamily("kvmem_store_evictions", "Entries evicted by this process.", value=stats.evicted)

@@ -1,4 +1,4 @@
-"""What clients get: answers in the shapes of OpenAI's API."""
+"""Converts answers to OpenAI's response format."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Kind = Literal["chat.completion", "text_completion"]
 
 @dataclass(frozen=True)
 class Reply:
-    """The replies to one request, which share an id, a time and a model."""
+    """Builds the responses to one request, which share an id, a time and a model."""
 
     kind: Kind
     model: str
@@ -26,7 +26,7 @@ class Reply:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, answer: Answer) -> dict[str, Any]:
-        """The answer in one piece."""
+        """The complete answer, not streamed."""
         choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish_reason(answer)}
         if self.kind == "chat.completion":
             choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
@@ -37,7 +37,7 @@ class Reply:
         return {**self._head(self.kind), "choices": [choice], "usage": usage(answer), "kvmem": account(answer)}
 
     def role(self) -> dict[str, Any]:
-        """The first event of a chat."""
+        """The first event of a chat stream."""
         return self._event({"role": "assistant", "content": ""})
 
     def piece(self, text: str) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class Reply:
         return {**self._event({}, finish_reason(answer)), "kvmem": account(answer)}
 
     def usage(self, answer: Answer) -> dict[str, Any]:
-        """The last event, for those who asked for it."""
+        """The last event, sent if the client asked for usage."""
         return {**self._head(self._object), "choices": [], "usage": usage(answer)}
 
     @property
@@ -76,7 +76,7 @@ class Reply:
 
 
 def event(data: Mapping[str, Any] | str) -> str:
-    """One server-sent event."""
+    """Format one server-sent event."""
     return f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n"
 
 
@@ -98,7 +98,7 @@ def tool_calls(answer: Answer) -> list[dict[str, Any]]:
 
 
 def usage(answer: Answer) -> dict[str, Any]:
-    """Cached are tokens that were reused and not computed again."""
+    """Token counts. `cached_tokens` are the exact and reused tokens."""
     used = answer.usage
     return {
         "prompt_tokens": used.prompt,
@@ -109,7 +109,7 @@ def usage(answer: Answer) -> dict[str, Any]:
 
 
 def account(answer: Answer) -> dict[str, Any]:
-    """What OpenAI's shapes have no place for: tokens by class, the plan, sources, seconds."""
+    """The fields that OpenAI's format lacks: tokens by class, the plan, the sources and the timings in seconds."""
     return {
         "usage": asdict(answer.usage),
         "plan": {"mode": answer.plan.mode, "reason": answer.plan.reason, "dropped": answer.plan.dropped},
@@ -121,7 +121,7 @@ def account(answer: Answer) -> dict[str, Any]:
 
 
 def describe(document: Document, text: bool = False) -> dict[str, Any]:
-    """A document, as the API shows it."""
+    """A document as JSON."""
     found = {
         "object": "document",
         "id": document.id,

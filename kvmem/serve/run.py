@@ -1,4 +1,4 @@
-"""Running the application until it is told to end, and telling those who wait."""
+"""Runs the application until it is told to stop."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-# Connections at a time; more get 503.
+# Maximum number of concurrent connections; more get 503.
 _CONNECTIONS = 1000
 
 
 class _Server(uvicorn.Server):
-    """Ends what is under way before it waits for it."""
+    """Cancels requests in progress before waiting for them at shutdown."""
 
     async def shutdown(self, sockets: Any = None) -> None:
         await asyncio.to_thread(self.config.app.state.close)  # type: ignore[union-attr]
@@ -24,8 +24,8 @@ class _Server(uvicorn.Server):
 
 
 def run(app: FastAPI, host: str, port: int) -> None:
-    """Serve an application of `create_app` until Ctrl-C or SIGTERM."""
-    # uvicorn raises the signal again when it is done, and the caller has a store to close then.
+    """Serve an application made by `create_app` until Ctrl-C or SIGTERM."""
+    # uvicorn raises the signal again when it is done; exit normally, so that the caller can close its store.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     config = uvicorn.Config(
         app,

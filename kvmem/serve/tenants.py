@@ -1,4 +1,4 @@
-"""Tenants: an engine for each namespace, over one model and one store."""
+"""Tenants: one engine per namespace, sharing one model and one store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvmem.store.base import Store
 
 
 class Tenants:
-    """Opens engines when they are asked for; of those that nobody uses, the ones used last stay open."""
+    """Opens engines on demand and closes the least recently used idle ones above `limit`."""
 
     def __init__(self, model: AnyModel, store: Store, settings: Settings, limit: int) -> None:
         self._model, self._store, self._settings, self._limit = model, store, settings, limit
@@ -23,10 +23,10 @@ class Tenants:
         self.closed = False
 
     def take(self, namespace: str) -> KVMem:
-        """The namespace's engine, which stays open until it is given back. Raises KVMemError."""
+        """The engine of a namespace; it stays open until `give_back`. Raises KVMemError."""
         with self._lock:
             if self.closed:
-                raise ClosedError("The server is closing. Ask again later.")
+                raise ClosedError("The server is shutting down. Try again later.")
             if namespace not in self._open:
                 settings = self._settings.model_copy(update={"namespace": namespace})
                 self._open[namespace] = KVMem(self._model, self._store, settings=settings)
@@ -49,7 +49,7 @@ class Tenants:
             self._open.pop(namespace).close()
 
     def close(self) -> None:
-        """Cancel what runs."""
+        """Close all engines and cancel their running work."""
         with self._lock:
             self.closed = True
             engines = list(self._open.values())

@@ -1,4 +1,4 @@
-"""What clients send: OpenAI's requests, and what kvmem adds to them."""
+"""Request models: OpenAI's requests, and kvmem's additions to them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from kvmem.errors import InputError
 
 
 class _Open(BaseModel):
-    """Fields that are not known are left out, as OpenAI's other servers do; clients send many."""
+    """Ignores unknown fields, as other OpenAI-compatible servers do; clients send many."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 class ContextText(BaseModel):
-    """A text for this prompt alone, or by its id a document that is there."""
+    """A text for this prompt only, or the id of a stored document."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -29,12 +29,12 @@ class ContextText(BaseModel):
     metadata: dict[str, Any] | None = None
 
 
-# The first mistake in a list is enough; all of them would take as much memory as a client likes.
+# Validation stops at the first mistake in a list; otherwise a client could exhaust memory with error reports.
 FirstMistake: Any = Field(fail_fast=True)
 
 
 def check_unicode(request: BaseModel) -> None:
-    """Raises ValueError for half a surrogate pair, wherever it stands."""
+    """Raise ValueError if any text contains a lone surrogate."""
     try:
         request.model_dump_json()
     except ValueError:
@@ -42,11 +42,11 @@ def check_unicode(request: BaseModel) -> None:
 
 
 class KVMemOptions(BaseModel):
-    """kvmem's own part of a request.
+    """kvmem's extension of a request.
 
-    context: texts to answer from; or "documents", all of the namespace's, of which the best are chosen if they do not
-        fit. namespace: whose documents and caches. blend: see `BlendSettings`. thread: a name to keep the conversation
-        under.
+    context: texts to answer from, or "documents" for all documents of the namespace; if they do not fit, the best
+        chunks are retrieved. namespace: the tenant. blend: see `BlendSettings`. thread: the name to store the
+        conversation under.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -60,11 +60,11 @@ class KVMemOptions(BaseModel):
     @classmethod
     def _no_check(cls, value: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
         if isinstance(value, dict) and value.get("recompute") == "auto":
-            raise ValueError("recompute is a number here; the check of a model is for who runs it")
+            raise ValueError("recompute must be a number; 'auto' is not available over HTTP")
         return value
 
     def texts(self, mem: KVMem) -> Sequence[Document] | None:
-        """As `KVMem.chat` takes them. Raises InputError, UnknownDocumentError."""
+        """The context in the form that `KVMem.chat` takes. Raises InputError, UnknownDocumentError."""
         if self.context is None:
             return None
         if isinstance(self.context, str):
@@ -78,7 +78,7 @@ def _document(item: str | ContextText, mem: KVMem) -> Document:
     if item.text is not None:
         return as_document(item.text, item.id, item.metadata)
     if item.id is None:
-        raise InputError("An item of kvmem.context has neither a text nor an id. Give one of them.")
+        raise InputError("An item of kvmem.context has neither a text nor an id. Give one of the two.")
     return mem.get(item.id)
 
 
@@ -87,7 +87,7 @@ class StreamOptions(_Open):
 
 
 class _Sampled(_Open):
-    """What requests of both kinds have."""
+    """Fields that chat and completion requests share."""
 
     model: str
     stream: bool = False
@@ -113,7 +113,7 @@ class _Sampled(_Open):
     @model_validator(mode="after")
     def _supported(self) -> _Sampled:
         if self.n not in (None, 1):
-            raise ValueError("n is 1 here: one answer is decoded at a time")
+            raise ValueError("n must be 1; only one answer per request is supported")
         for name in ("logit_bias", "frequency_penalty", "presence_penalty"):
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported")
@@ -125,7 +125,7 @@ class _Sampled(_Open):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, limit: int) -> dict[str, Any]:
-        """As `KVMem.chat` takes it. Raises InputError above the server's limit."""
+        """Sampling options for `KVMem.chat`. Raises InputError if max_tokens exceeds the server's limit."""
         if self.max_tokens is not None and self.max_tokens > limit:
             raise InputError(f"max_tokens={self.max_tokens} is more than this server allows. Give {limit} or less.")
         names = ("max_tokens", "temperature", "top_p", "stop", "seed")
@@ -167,7 +167,7 @@ class ChatMessage(_Open):
     tool_call_id: str | None = None
 
     def plain(self) -> dict[str, Any]:
-        """As `KVMem.chat` takes it. Raises InputError."""
+        """The message in the form that `KVMem.chat` takes. Raises InputError."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
         role = "system" if self.role == "developer" else self.role
         message: dict[str, Any] = {"role": role, "content": content}
@@ -185,7 +185,9 @@ def _called(call: Called) -> dict[str, Any]:
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
-        raise InputError(f"The arguments of the call of {call.function.name!r} are no JSON object. Send them as given.")
+        raise InputError(
+            f"The arguments of the call to {call.function.name!r} are not a JSON object. Send them back unchanged."
+        )
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
@@ -200,7 +202,7 @@ class ResponseFormat(_Open):
 
     @property
     def wanted(self) -> Mapping[str, Any] | None:
-        """The JSON schema of the answer, or None."""
+        """The JSON schema that the answer must match, or None."""
         if self.type == "text":
             return None
         return self.json_schema.schema_ if self.json_schema is not None else {"type": "object"}
@@ -230,7 +232,7 @@ class ChatRequest(_Sampled):
         return self
 
     def options(self, limit: int) -> dict[str, Any]:
-        """As `KVMem.chat` takes them, but for context. Raises InputError."""
+        """All options for `KVMem.chat` except the context. Raises InputError."""
         choice = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice
         return {
             **self.sampling(limit),
@@ -267,23 +269,23 @@ class CompletionRequest(_Sampled):
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported")
         if self.best_of not in (None, 1):
-            raise ValueError("best_of is 1 here")
+            raise ValueError("best_of must be 1")
         if self.kvmem.context is not None or self.kvmem.thread is not None:
-            raise ValueError("kvmem.context and kvmem.thread belong to chats")
+            raise ValueError("kvmem.context and kvmem.thread are only supported for chats")
         return self
 
     def one_prompt(self) -> str | list[int]:
-        """The prompt: a text, or token ids that were not looked at. Raises InputError for several."""
+        """The prompt: a text, or token ids (not validated here). Raises InputError if there are several prompts."""
         prompt: Any = self.prompt
         if isinstance(prompt, list) and (not prompt or not isinstance(prompt[0], int)):
             if len(prompt) != 1 or not isinstance(prompt[0], (str, list)):
-                raise InputError(f"There are {len(prompt)} prompts. Send one text, or the token ids of one.")
+                raise InputError(f"The request has {len(prompt)} prompts. Send one text or one list of token ids.")
             prompt = prompt[0]
         return prompt  # type: ignore[no-any-return]
 
 
 class DocumentRequest(BaseModel):
-    """`POST /v1/documents`. Without an id, the text's digest is its id."""
+    """`POST /v1/documents`. The id defaults to a hash of the text."""
 
     model_config = ConfigDict(extra="forbid")
 
