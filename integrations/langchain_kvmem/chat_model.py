@@ -5,95 +5,199 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import warnings
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
+from contextvars import ContextVar
+from copy import copy
+from dataclasses import dataclass
+from enum import Enum
 from operator import itemgetter
+from types import TracebackType
 from typing import Any
+from uuid import uuid4
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.exceptions import OutputParserException
+from langchain_core.globals import get_llm_cache
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
 from langchain_core.language_models.model_profile import ModelProfile
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
-from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
-from kvmem import Answer, AnswerStream, InputError, KVMem
+from kvmem import Answer, AnswerStream, AnswerTimeoutError, BlendSettings, InputError, KVMem, KVMemError, Settings
+from kvmem.locate import is_remote
+from kvmem.model import glance
+from kvmem.options import OPTION_NAMES
+from kvmem.request import Request
+from kvmem.settings import EngineOptions
+from kvmem.sharing import SharedEngine
 from kvmem.tools import Toolbox
 from langchain_kvmem.convert import to_messages, to_metadata, to_usage
+from langchain_kvmem.errors import as_langchain
+
+_SAMPLED = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+_CALL_NAMES = frozenset(
+    ("context", "collection", "documents", "retriever", "thread", "tools", "tool_choice", "generate_kwargs")
+)
+# Arguments of a call that name documents or a conversation, which change while the prompt stays the same.
+_CHANGING = frozenset(("collection", "documents", "retriever", "thread"))
 
 
-class _Engines:
-    """The engines that a model and its configured copies have opened, by what they were opened with."""
+@dataclass(frozen=True)
+class Prepared:
+    """A prompt that a chain has built for the next answer of its own model; other models have nothing to do with it."""
 
-    def __init__(self) -> None:
-        self._open: dict[str, KVMem] = {}
-        self._opening = threading.Lock()
+    model: ChatKVMem
+    request: Request
 
-    def find(self, chat: ChatKVMem) -> KVMem | None:
-        return self._open.get(self._key(chat))
 
-    def open(self, chat: ChatKVMem) -> KVMem:
-        with self._opening:
-            if (found := self.find(chat)) is None:
-                found = KVMem(chat.model_name, chat.store, namespace=chat.namespace, **chat.model_kwargs)
-                self._open[self._key(chat)] = found
-            return found
-
-    def _key(self, chat: ChatKVMem) -> str:
-        return json.dumps([chat.model_name, chat.store, chat.namespace, chat.model_kwargs], default=repr)
+PREPARED: ContextVar[Prepared | None] = ContextVar("kvmem_prepared", default=None)
+# What other packages call an argument, and what it is here.
+_HINTS = {
+    "max_new_tokens": "Use max_tokens.",
+    "num_predict": "Use max_tokens.",
+    "num_ctx": "The model's own window is used. Limit documents with model_kwargs={'context_tokens': ...}.",
+    "model_id": "Use model.",
+    "model_path": "Use model.",
+    "repeat_penalty": "Use repetition_penalty.",
+}
 
 
 class ChatKVMem(BaseChatModel):
-    """A chat model over `KVMem`: texts it has seen, in any prompt and at any place, are not read again.
+    """A chat model over `KVMem`: text it has seen, in any prompt and at any position, is not computed again.
 
-    model: a hub id, a directory, a GGUF file, "smollm2". store: a directory for the caches; None keeps them in memory.
-    temperature (None: greedy), top_p, max_tokens, stop, seed, timeout (seconds): as elsewhere in LangChain; each may be
-    given per call.
-    blend, namespace: as in `KVMem`. model_kwargs: more of its arguments. generate_kwargs: for transformers' `generate`.
-    mem: an engine that is open already (`KVMem(hf_model, store, tokenizer=tokenizer)` takes a loaded model); model and
-    store are not used then.
+    Models that name the same model, store and settings share one engine in a process; so do copies. Close it with
+    `close()` or `with`.
 
     `.bind(context=[...])` puts texts or documents into the system message, cached one by one.
+
+    Example:
+        ```python
+        from langchain_kvmem import ChatKVMem
+
+        model = ChatKVMem(model="smollm2", store="./kv", max_tokens=32)
+        print(model.invoke("What is the capital of France?").content)
+        ```
     """
 
-    model_config = ConfigDict(populate_by_name=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(populate_by_name=True, arbitrary_types_allowed=True, extra="forbid")
 
     model_name: str = Field(default="smollm2", alias="model")
+    """A hub id, a local directory, a GGUF file, or "smollm2"; or the address of a vLLM server."""
     store: str | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    max_tokens: int | None = None
+    """Directory for the caches. None keeps them in memory."""
+    temperature: float | None = Field(default=None, ge=0)
+    """Sampling temperature. None or 0 is greedy."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Nucleus sampling: the smallest set of tokens with this probability."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Sample among this many tokens only."""
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    """Leave out tokens less likely than this share of the likeliest one."""
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    """Above 1 makes tokens that were used less likely."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """The longest answer, in tokens."""
     stop: list[str] | None = Field(default=None, alias="stop_sequences")
+    """An answer ends before any of these. A single string may be given."""
     seed: int | None = None
+    """Makes sampled answers repeatable."""
     timeout: float | None = Field(default=None, alias="request_timeout", gt=0)
+    """Seconds from a call to the end of its answer."""
+    streaming: bool = False
+    """Whether `invoke` streams, too, for callbacks that want tokens."""
+    max_retries: int | None = Field(default=None, ge=0)
+    """Attempts at a call to a vLLM server; a local model has none to make."""
+    device: str | None = None
+    """"auto" (CUDA if there is one, else the CPU), or a device of torch."""
+    dtype: str | None = None
+    """"auto" (as the checkpoint), "bfloat16", "float16" or "float32"."""
     blend: Any = None
+    """How composed caches are blended; see `kvmem.BlendSettings`."""
     namespace: str = "default"
+    """Isolates documents, memories and caches, for example by user."""
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """More arguments of `KVMem`."""
     generate_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """More arguments of transformers' `generate`."""
     mem: KVMem | None = Field(default=None, exclude=True, repr=False)
-    opened: _Engines = Field(default_factory=_Engines, exclude=True, repr=False)
+    """An open engine to use instead of `model` and `store`. Closing it is up to you."""
+    _share: SharedEngine | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: Any) -> Any:
+        """Move settings of `KVMem` to model_kwargs, with a warning, and reject what does not exist."""
+        if not isinstance(values, dict):
+            return values
+        known = {*cls.model_fields, *(field.alias for field in cls.model_fields.values() if field.alias)}
+        values, extra = dict(values), dict(values.get("model_kwargs") or {})
+        for name in [name for name in values if name not in known]:
+            if name not in EngineOptions.__annotations__:
+                hint = _HINTS.get(name, "Arguments of transformers' generate go into generate_kwargs.")
+                raise InputError(f"ChatKVMem has no argument {name!r}. {hint}")
+            warnings.warn(f"{name} is a setting of KVMem; it was moved to model_kwargs.", stacklevel=2)
+            extra[name] = values.pop(name)
+        if unknown := extra.keys() - {*EngineOptions.__annotations__, "tokenizer", "retriever", "settings"}:
+            raise InputError(f"model_kwargs has {min(unknown)!r}, which KVMem does not know.")
+        for name in ("stop", "stop_sequences"):
+            if isinstance(values.get(name), str):
+                values[name] = [values[name]]
+        if values.get("blend") is not None:
+            BlendSettings.parse(values["blend"])
+        _check_beside(values.get("mem"), {**values, **({"model_kwargs": extra} if extra else {})})
+        return {**values, **({"model_kwargs": extra} if extra else {})}
 
     @property
     def engine(self) -> KVMem:
         """The engine; opened by the first call."""
         if self.mem is not None:
-            if self.namespace not in ("default", self.mem.settings.namespace) or self.store or self.model_kwargs:
-                raise InputError(
-                    "This engine has a namespace, a store and settings. Give them to KVMem, or no mem here."
-                )
             return self.mem
-        return self.opened.find(self) or self.opened.open(self)
+        return self._shared().open()
+
+    def _shared(self) -> SharedEngine:
+        options = {"namespace": self.namespace, **self.model_kwargs}
+        named = {"device": self.device, "dtype": self.dtype, "retries": self.max_retries}
+        options |= {name: value for name, value in named.items() if value is not None}
+        wanted = SharedEngine(self.model_name, self.store, options)
+        if self._share is None or self._share != wanted:
+            self._share = wanted
+        return self._share
+
+    @property
+    def _opened(self) -> KVMem | None:
+        return self.mem if self.mem is not None else self._shared().opened
+
+    def close(self) -> None:
+        """Give up the engine; it is closed if no other component uses it. An engine given as `mem` stays open."""
+        if self._share is not None:
+            self._share.close()
+
+    def __copy__(self) -> ChatKVMem:
+        copied = super().__copy__()
+        # A share of its own, so that closing one leaves the other open.
+        copied._share = copy(self._share)
+        return copied
+
+    def __enter__(self) -> ChatKVMem:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     async def _ready(self) -> None:
         """Open the engine without blocking the event loop."""
-        if self.mem is None and self.opened.find(self) is None:
+        if self._opened is None:
             await asyncio.to_thread(lambda: self.engine)
 
     # LangChain asks for the parameters of a call before it makes it, and they need the engine.
@@ -121,9 +225,14 @@ class ChatKVMem(BaseChatModel):
             "fingerprint": engine.model.fingerprint,
             "blend": json.dumps(self.blend, default=str) if self.blend else engine.settings.blend.model_dump_json(),
             "namespace": engine.settings.namespace,
-            **{name: getattr(self, name) for name in ("temperature", "top_p", "max_tokens", "stop", "seed")},
+            **{name: getattr(self, name) for name in (*_SAMPLED, "stop")},
             "generate_kwargs": self.generate_kwargs,
         }
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """The key of LangChain's cache of answers; one of its own where an answer depends on more than the prompt."""
+        known: str = super()._get_llm_string(stop, **kwargs)
+        return f"{known}{uuid4()}" if any(kwargs.get(name) is not None for name in _CHANGING) else known
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = LangSmithParams(
@@ -140,9 +249,23 @@ class ChatKVMem(BaseChatModel):
         return params
 
     def _resolve_model_profile(self) -> ModelProfile | None:
-        if self.mem is None and self.opened.find(self) is None:
+        """Read from the model's config and tokenizer; its weights are not loaded."""
+        if (opened := self._opened) is not None:
+            window, tools = opened.model.window, opened.model.knows_tools
+        elif is_remote(self.model_name):
             return None
-        return {"max_input_tokens": self.engine.model.window, "tool_calling": True}
+        else:
+            found = glance(self.model_name)
+            window, tools = found.window, found.knows_tools
+        answer = min(window, self.max_tokens or Settings().max_tokens)
+        return ModelProfile(
+            max_input_tokens=window - answer,
+            max_output_tokens=answer,
+            text_inputs=True,
+            text_outputs=True,
+            tool_calling=tools,
+            structured_output=True,
+        )
 
     def get_token_ids(self, text: str) -> list[int]:
         return list(self.engine.model.tokenize(text, markup=False))
@@ -156,7 +279,10 @@ class ChatKVMem(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return self._result(self._open(messages, stop, kwargs).answer)
+        with as_langchain():
+            prepared = _ANSWERS.get()
+            found = None if prepared is None else prepared.take(self, messages)
+            return self._result(self._open(messages, stop, kwargs).answer if found is None else found)
 
     async def _agenerate(
         self,
@@ -166,7 +292,8 @@ class ChatKVMem(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         await self._ready()
-        return self._result(await self._open(messages, stop, kwargs).wait())
+        with as_langchain():
+            return self._result(await self._open(messages, stop, kwargs).wait())
 
     def _stream(
         self,
@@ -176,7 +303,7 @@ class ChatKVMem(BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         with_tools = bool(kwargs.get("tools"))
-        with self._open(messages, stop, kwargs) as stream:
+        with as_langchain(), self._open(messages, stop, kwargs) as stream:
             for piece in stream:
                 if not with_tools:
                     chunk = _chunk(piece)
@@ -194,7 +321,7 @@ class ChatKVMem(BaseChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         await self._ready()
         with_tools = bool(kwargs.get("tools"))
-        with self._open(messages, stop, kwargs) as stream:
+        with as_langchain(), self._open(messages, stop, kwargs) as stream:
             async for piece in stream:
                 if not with_tools:
                     chunk = _chunk(piece)
@@ -205,25 +332,93 @@ class ChatKVMem(BaseChatModel):
 
     def _open(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> AnswerStream:
         """Begin an answer; arguments of the call win over the model's."""
-        given = {
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "seed": self.seed,
-            "timeout": self.timeout,
-            "blend": self.blend,
-            **self.generate_kwargs,
-            **kwargs,
-        }
+        given = self._options(stop, kwargs)
+        if (prepared := self._prepared) is not None:
+            return self.engine.stream_prompt(prepared, **given)
+        return self.engine.stream_chat(to_messages(messages), **given)
+
+    @property
+    def _prepared(self) -> Request | None:
+        prepared = PREPARED.get()
+        return None if prepared is None or prepared.model is not self else prepared.request
+
+    def _options(self, stop: list[str] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `KVMem.stream_chat` for a call. Raises InputError."""
+        given = {name: getattr(self, name) for name in (*_SAMPLED, "timeout", "blend")}
+        given |= {"stop": stop or self.stop, **kwargs}
         for internal in ("ls_structured_output_format", "parallel_tool_calls", "strict"):
             given.pop(internal, None)
         if given.pop("model", self.model_name) not in (self.model_name, self.engine.model.name):
-            raise InputError(f"This ChatKVMem has loaded {self.engine.model.name!r}. Make another for another model.")
+            raise InputError(f"This ChatKVMem runs {self.engine.model.name!r}. Create another one for another model.")
         wanted = given.pop("response_format", None)
         if wanted is not None and given.get("schema") is None:
             given["schema"] = _schema_of(wanted)
         given["tool_choice"] = given.get("tool_choice") or "auto"
-        return self.engine.stream_chat(to_messages(messages), stop=stop or self.stop, **given)
+        more = {name: given.pop(name) for name in [*given] if name not in OPTION_NAMES | _CALL_NAMES}
+        given["generate_kwargs"] = {**self.generate_kwargs, **(given.get("generate_kwargs") or {}), **more}
+        if self._prepared is not None:
+            given = {name: value for name, value in given.items() if name in OPTION_NAMES}
+        return given
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """Answer several prompts; those that differ in their last part only are decoded together."""
+        try:
+            together = self._answer_together(inputs, kwargs)
+        except AnswerTimeoutError as error:
+            if return_exceptions:
+                return [error for _ in inputs]  # type: ignore[misc]
+            raise
+        token = _ANSWERS.set(together)
+        try:
+            # Runnable.batch runs each prompt in a copy of this context.
+            return super().batch(inputs, config, return_exceptions=return_exceptions, **kwargs)
+        finally:
+            _ANSWERS.reset(token)
+
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """Like `batch`, without blocking the event loop."""
+        await self._ready()
+        try:
+            together = await asyncio.to_thread(self._answer_together, inputs, kwargs)
+        except AnswerTimeoutError as error:
+            if return_exceptions:
+                return [error for _ in inputs]  # type: ignore[misc]
+            raise
+        token = _ANSWERS.set(together)
+        try:
+            return await super().abatch(inputs, config, return_exceptions=return_exceptions, **kwargs)
+        finally:
+            _ANSWERS.reset(token)
+
+    def _answer_together(self, inputs: list[LanguageModelInput], kwargs: dict[str, Any]) -> _Answers | None:
+        """Answers by prompt; None where prompts have to be answered one by one, or one of them is in error."""
+        given = {**kwargs}
+        if len(inputs) < 2 or given.keys() & {"tools", "schema", "response_format", "thread"} or get_llm_cache():
+            return None
+        prompts = [self._convert_input(item).to_messages() for item in inputs]
+        options = self._options(given.pop("stop", None), given)
+        options.pop("tool_choice")
+        try:
+            found = self.engine.batch([to_messages(messages) for messages in prompts], **options)
+        except AnswerTimeoutError:
+            raise
+        except KVMemError:
+            return None  # each prompt raises its own error, and the others are answered
+        return _Answers(self, zip(map(_key_of, prompts), found, strict=True))
 
     def _result(self, answer: Answer) -> ChatResult:
         message = AIMessage(
@@ -295,6 +490,11 @@ class ChatKVMem(BaseChatModel):
             raise InputError(f"with_structured_output does not take {min(kwargs)}. Bind it to the model instead.")
         if method not in ("json_schema", "function_calling", "json_mode"):
             raise InputError(f"method={method!r} is not known. Leave it out.")
+        if isinstance(schema, type) and issubclass(schema, Enum):
+            raise InputError(
+                f"{schema.__name__} is an Enum, not an object. Use a pydantic model with a field of it, or the JSON "
+                "schema {'enum': [...]}."
+            )
         plain_schema = isinstance(schema, dict) and schema.get("type") not in (None, "function")
         # LangChain's conversion knows objects only, and drops the rest of any other schema.
         json_schema = dict(schema) if plain_schema else convert_to_json_schema(schema)  # type: ignore[arg-type]
@@ -315,6 +515,20 @@ class ChatKVMem(BaseChatModel):
             [failed], exception_key="parsing_error"
         )
         return both
+
+
+def _check_beside(mem: KVMem | None, values: dict[str, Any]) -> None:
+    """Raise InputError for what an open engine has decided already."""
+    if mem is None:
+        return
+    settled: dict[str, Any] = {"store": None, "device": None, "dtype": None, "max_retries": None, "model_kwargs": {}}
+    given = [name for name, default in settled.items() if values.get(name) not in (None, default)]
+    if values.get("namespace") not in (None, "default", mem.settings.namespace):
+        given.append("namespace")
+    names = (None, "smollm2", mem.model.name)
+    given += [name for name in ("model", "model_name") if values.get(name) not in names]
+    if given:
+        raise InputError(f"mem has its own {given[0]}. Give it to KVMem, or leave mem out.")
 
 
 def _schema_of(response_format: Any) -> dict[str, Any] | None:
@@ -342,3 +556,28 @@ def _check_complete(message: BaseMessage) -> None:
 
 def _chunk(piece: str) -> ChatGenerationChunk:
     return ChatGenerationChunk(message=AIMessageChunk(content=piece))
+
+
+class _Answers:
+    """Answers that were decoded together, by prompt; each is used once."""
+
+    def __init__(self, model: ChatKVMem, pairs: Iterable[tuple[str, Answer]]) -> None:
+        self._model = model
+        self._lock = threading.Lock()
+        self._more: dict[str, list[Answer]] = {}
+        for key, answer in pairs:
+            self._more.setdefault(key, []).append(answer)
+
+    def take(self, model: ChatKVMem, messages: Sequence[BaseMessage]) -> Answer | None:
+        if model is not self._model:
+            return None
+        with self._lock:
+            left = self._more.get(_key_of(messages))
+            return left.pop() if left else None
+
+
+_ANSWERS: ContextVar[_Answers | None] = ContextVar("kvmem_answers", default=None)
+
+
+def _key_of(messages: Sequence[BaseMessage]) -> str:
+    return json.dumps(to_messages(messages), default=repr)

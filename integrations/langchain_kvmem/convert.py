@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from langchain_core.documents import Document
@@ -19,17 +21,35 @@ from langchain_core.messages import (
 from langchain_core.messages.ai import UsageMetadata
 
 from kvmem import Answer, InputError, Source, Usage
+from kvmem import Document as KVMemDocument
+from kvmem.document import as_document
+
+logger = logging.getLogger("kvmem")
 
 
 def to_documents(sources: Iterable[Source]) -> list[Document]:
-    """Sources as documents; the metadata gains `document_id`, and `score` where a retriever chose them."""
+    """Sources as documents. The metadata gains `document_id`, and `score` if there is one."""
     documents = []
     for source in sources:
         metadata = {**source.metadata, "document_id": source.document_id}
         if source.score is not None:
             metadata["score"] = source.score
-        documents.append(Document(page_content=source.text, metadata=metadata))
+        documents.append(Document(id=source.document_id, page_content=source.text, metadata=metadata))
     return documents
+
+
+def from_document(document: Document) -> KVMemDocument:
+    """A document whose text stands in the prompt as it is, without titles or headings of kvmem's. Raises InputError."""
+    return replace(as_document(document), heading="")
+
+
+def from_documents(documents: Iterable[Document]) -> list[KVMemDocument]:
+    """Documents that have text; those that have none are logged and left out."""
+    given = list(documents)
+    kept = [document for document in given if document.page_content.strip()]
+    if len(kept) < len(given):
+        logger.warning("kvmem: %d of %d documents have no text and are left out", len(given) - len(kept), len(given))
+    return [from_document(document) for document in kept]
 
 
 def to_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
@@ -98,12 +118,11 @@ def to_usage(usage: Usage) -> UsageMetadata:
 
 def to_metadata(answer: Answer, model: str) -> dict[str, Any]:
     """What an answer says about itself, as response metadata."""
-    plan = {"mode": answer.plan.mode, "reason": answer.plan.reason, "dropped": answer.plan.dropped}
     return {
         "model_name": model,
         "model_provider": "kvmem",
         "finish_reason": answer.finish_reason,
-        "plan": plan,
+        "plan": answer.plan.as_dict(),
         "timings": vars(answer.timings),
-        "usage": vars(answer.usage),
+        "usage": answer.usage.as_dict(),
     }

@@ -1,63 +1,66 @@
-"""KVMemRetriever over the documents of an engine, and LangChain's retrievers inside the engine."""
+"""KVMemRetriever over the documents of an engine, and what is known of LangChain's retrievers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
+from langchain_core.vectorstores import VectorStoreRetriever
 from pydantic import ConfigDict, Field
 
-from kvmem import KVMem
-from kvmem.document import Chunk
+from kvmem import Collection, KVMem
 from langchain_kvmem.convert import to_documents
 
 
 class KVMemRetriever(BaseRetriever):
-    """The `k` most relevant chunks of `mem`'s documents, best first, by its retriever; irrelevant ones are left out.
+    """The most relevant chunks of an engine's documents, best first; irrelevant ones are left out.
 
-    For chains that want documents of their own; to answer from them, `CachedContextChain` reads nothing twice.
+    For chains that work with documents themselves; to answer from documents, use `CachedContextChain`.
+
+    Example:
+        ```python
+        from kvmem import KVMem
+        from langchain_kvmem import KVMemRetriever
+
+        with KVMem("smollm2", store="./kv") as mem:
+            mem.add("The rent is 3,200 euros a month.")
+            print(KVMemRetriever(mem=mem, k=2).invoke("How much is the rent?"))
+        ```
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     mem: KVMem = Field(exclude=True)
+    """The engine; its retriever scores chunks, BM25 by default."""
+    collection: Collection | str | None = Field(default=None, exclude=True)
+    """A collection to search instead of the engine's own documents."""
+    documents: Any = None
+    """Ids of the documents that count, or a filter over their metadata; see `KVMem.ask`."""
     k: int = Field(default=4, ge=1)
+    """How many chunks are returned at most."""
 
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None
     ) -> list[Document]:
-        return to_documents(self.mem.retrieve(query, self.k if k is None else k))
+        wanted = self.k if k is None else k
+        found = self.mem.retrieve(query, wanted, collection=self.collection, documents=self.documents)
+        return to_documents(found)
 
 
-class RankedBy:
-    """A LangChain retriever as kvmem's: chunks that share text with the documents it returns are the relevant ones.
+# Classes of LangChain that rank whatever they hold, and leave nothing out but what ranks last.
+_RANKING = ("BM25Retriever", "KNNRetriever", "SVMRetriever", "TFIDFRetriever")
 
-    The retriever has an index of its own, whose documents may be cut at other places than kvmem's chunks; what they
-    share is counted in runs of words.
+
+def only_ranks(retriever: BaseRetriever) -> bool:
+    """Whether a retriever is known to leave nothing out on purpose, as a filter or a score threshold would.
+
+    Of one that is not known, or that wraps others, nobody can tell.
     """
-
-    def __init__(self, retriever: BaseRetriever) -> None:
-        self._retriever = retriever
-
-    def score(self, question: str, chunks: Sequence[Chunk]) -> list[float]:
-        found = [_shingles(document.page_content) for document in self._retriever.invoke(question)]
-        return [
-            max((_shared(_shingles(chunk.text), other) / (1 + i) for i, other in enumerate(found)), default=0.0)
-            for chunk in chunks
-        ]
-
-
-_RUN = 6
-
-
-def _shingles(text: str) -> set[tuple[str, ...]]:
-    words = text.split()
-    return {tuple(words[i : i + _RUN]) for i in range(max(1, len(words) - _RUN + 1))} if words else set()
-
-
-def _shared(one: set[tuple[str, ...]], other: set[tuple[str, ...]]) -> float:
-    """The share of the smaller set that is in both; 0 below a tenth, which chance and headings reach."""
-    share = len(one & other) / max(1, min(len(one), len(other)))
-    return share if share >= 0.1 else 0.0
+    if isinstance(retriever, KVMemRetriever):
+        return retriever.collection is None and retriever.documents is None
+    if type(retriever) is VectorStoreRetriever:
+        plain = retriever.search_kwargs.keys() <= {"k", "fetch_k", "lambda_mult"}
+        return plain and retriever.search_type in ("similarity", "mmr")
+    return type(retriever).__name__ in _RANKING and type(retriever).__module__.startswith("langchain_community.")

@@ -1,4 +1,4 @@
-"""KVMemStore: LangGraph's store over an engine's, so that what an agent remembers is kept and read once."""
+"""KVMemStore: LangGraph's store over an engine's, so that what an agent remembers is kept, and read once."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
-from weakref import WeakKeyDictionary
 
+import numpy as np
+from cachetools import LRUCache
+from langchain_core.embeddings import Embeddings
 from langgraph.store.base import (
     BaseStore,
     GetOp,
@@ -29,34 +33,87 @@ from langgraph.store.base import (
     tokenize_path,
 )
 
-from kvmem import InputError, KVMem, KVMemError
-from kvmem.document import Chunk, Document
-from kvmem.retrieve import BM25Retriever, HybridRetriever, Retriever
-from kvmem.store import Store
+from kvmem import Chunk, Document, InputError, KVMem, KVMemError
+from kvmem.filters import matches
+from kvmem.retrieve import BM25Retriever, Retriever, as_unit_vectors
+from kvmem.store.records import Record, list_key
 
 logger = logging.getLogger("kvmem")
-# Stores over one engine's store take turns.
-_LOCKS: WeakKeyDictionary[Store, threading.RLock] = WeakKeyDictionary()
-_GUARD = threading.Lock()
-_Row = dict[str, Any]
+_KEPT_VECTORS = 100_000
+_Row = Mapping[str, Any]
 _Place = tuple[tuple[str, ...], str]
-_Found = tuple[tuple[str, ...], str, _Row]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An item. row: its record."""
+
+    namespace: tuple[str, ...]
+    key: str
+    row: _Row
+
+    @property
+    def texts(self) -> list[str]:
+        """What is searched of it; empty if it is not indexed."""
+        texts = self.row.get("texts")
+        return list(texts) if texts is not None else [self.row["text"]] if self.row["text"] else []
+
+
+@dataclass
+class _Batch:
+    """What a batch of operations has read, and what it is going to write."""
+
+    results: list[Result] = field(default_factory=list)
+    puts: dict[_Place, tuple[PutOp, dict[str, Any] | None]] = field(default_factory=dict)
+    searches: list[tuple[int, SearchOp, list[_Found]]] = field(default_factory=list)
 
 
 class KVMemStore(BaseStore):
-    """Items by namespace and key, kept in the store of `mem`, within its namespace (its tenant).
+    """Items by namespace and key, kept in the store of an engine, within its namespace (its tenant).
 
-    mem: the engine. prefill: read an item at `put`, so that a prompt with its text as context finds it read: its
-        `text` or `content`, or else what is searched.
-    index: LangGraph's: `fields`, the paths of a value that are searched ("$", all of it, by default), and `embed`, an
-        embedding model that is then joined with BM25 (`kvmem.HybridRetriever`). retriever: scores items instead.
-    ttl: as in LangGraph, in minutes. What has expired is not found any more; it is removed by `sweep_ttl`, which runs
-        every `sweep_interval_minutes` if that is given, as part of an operation.
-    Items live in the engine's store for as long as it does, and `KVMem.forget_user` removes them.
+    Items live as long as the engine's store, and `KVMem.forget_user` removes them. Several processes may use them.
+
+    Args:
+        mem: the engine.
+        prefill: compute the caches of an item's text (its `text` or `content`, or else what is searched) at `put`, so
+            that a prompt with that text as context reuses them.
+        index: LangGraph's: `fields`, the paths of a value that are searched (all of it by default), and `embed`, an
+            embedding model. With `embed`, an item's score is the cosine similarity of its most similar field; items
+            without a searched text come last, without a score. Without it, search is by words (BM25).
+        retriever: scores items instead, `kvmem.HybridRetriever` for example.
+        ttl: as in LangGraph, in minutes. Expired items are not found any more; `sweep_ttl` removes them, and runs every
+            `sweep_interval_minutes`, if given, as part of an operation.
+
+    Raises:
+        InputError: for an index that is not known.
+
+    Example:
+        ```python
+        from kvmem import KVMem
+        from langchain_kvmem import KVMemStore
+
+        with KVMem("smollm2", store="./kv") as mem:
+            store = KVMemStore(mem)
+            store.put(("users", "anna"), "tea", {"text": "Anna likes tea."})
+            print(store.search(("users", "anna"), query="What does Anna drink?")[0].value)
+        ```
     """
 
     supports_ttl = True
-    __slots__ = ("_fields", "_lock", "_mem", "_prefill", "_retriever", "_swept", "ttl_config")
+    __slots__ = (
+        "_fields",
+        "_mem",
+        "_prefill",
+        "_retriever",
+        "_stop_sweeping",
+        "_sweeper",
+        "_swept",
+        "_vectors",
+        "_words",
+        "embeddings",
+        "index_config",
+        "ttl_config",
+    )
 
     def __init__(
         self,
@@ -68,52 +125,123 @@ class KVMemStore(BaseStore):
         ttl: TTLConfig | None = None,
     ) -> None:
         self._mem, self._prefill = mem, prefill
-        self._fields = list((index or {}).get("fields") or ["$"])
         if unknown := (index or {}).keys() - {"dims", "embed", "fields"}:
-            raise InputError(f"index has {min(unknown)!r}, which is not known. Known are: dims, embed, fields.")
-        embed = ensure_embeddings(index["embed"]) if index and index.get("embed") else None
-        self._retriever: Retriever = retriever or (BM25Retriever() if embed is None else HybridRetriever(embed))
+            raise InputError(f"index has {min(unknown)!r}, which is not known. Use dims, embed and fields.")
+        self.index_config: dict[str, Any] | None = dict(index) if index else None
+        fields = (index or {}).get("fields")
+        self._fields = [fields] if isinstance(fields, str) else list(fields or ["$"])
+        embed = (index or {}).get("embed")
+        self.embeddings: Embeddings | None = None if embed is None else ensure_embeddings(embed)
+        self._vectors = _Vectors()
+        self._words, self._retriever = BM25Retriever(), retriever
         self.ttl_config = ttl
         self._swept = time.time()
-        with _GUARD:
-            self._lock = _LOCKS.setdefault(mem.store, threading.RLock())
+        self._sweeper: Future[None] | None = None
+        self._stop_sweeping = threading.Event()
 
     # Operations
 
     def batch(self, ops: Iterable[Op]) -> list[Result]:
         """Run operations as LangGraph's stores do: reads see what was before the batch; of two writes to one key the
         later counts."""
-        results: list[Result] = []
-        puts: dict[_Place, PutOp] = {}
-        searches: list[tuple[int, SearchOp, list[_Found]]] = []
-        with self._lock:
+        batch = self._read(ops)
+        texts, queries = self._to_embed(batch)
+        if self.embeddings is not None and (texts or queries):
+            self._vectors.keep(texts, self.embeddings.embed_documents(texts) if texts else [])
+            self._vectors.keep(queries, [self.embeddings.embed_query(query) for query in queries])
+        return self._finish(batch)
+
+    async def abatch(self, ops: Iterable[Op]) -> list[Result]:
+        """Like `batch`; texts are embedded by the asynchronous methods of the embedding model."""
+        batch = await asyncio.to_thread(self._read, list(ops))
+        texts, queries = self._to_embed(batch)
+        if self.embeddings is not None and (texts or queries):
+            self._vectors.keep(texts, await self.embeddings.aembed_documents(texts) if texts else [])
+            self._vectors.keep(queries, await asyncio.gather(*map(self.embeddings.aembed_query, queries)))
+        return await asyncio.to_thread(self._finish, batch)
+
+    def _read(self, ops: Iterable[Op]) -> _Batch:
+        """Everything that is read, and the rows to write; bad values raise before anything is written."""
+        batch = _Batch()
+        with self._database.transaction():
             for op in ops:
                 if isinstance(op, PutOp):
-                    _check(op)
-                    puts[op.namespace, op.key] = op
-                    results.append(None)
+                    batch.puts[op.namespace, op.key] = op, self._row(op)
+                    batch.results.append(None)
                 elif isinstance(op, GetOp):
-                    results.append(self._get(op))
+                    batch.results.append(self._get(op))
                 elif isinstance(op, SearchOp):
-                    searches.append((len(results), op, self._candidates(op)))
-                    results.append(None)
+                    batch.searches.append((len(batch.results), op, self._candidates(op)))
+                    batch.results.append(None)
                 elif isinstance(op, ListNamespacesOp):
-                    results.append(self._list_namespaces(op))
+                    batch.results.append(self._list_namespaces(op))
                 else:
                     raise ValueError(f"Unknown operation type: {type(op)}")
-        for place, search, candidates in searches:
-            results[place] = self._best(search, candidates)
-        with self._lock:
-            changes = [self._put(op) for op in puts.values()]
+        return batch
+
+    def _to_embed(self, batch: _Batch) -> tuple[list[str], list[str]]:
+        """Texts of items and queries that have no vector yet."""
+        asked = [(op.query, found) for _, op, found in batch.searches if op.query and self._retriever is None]
+        texts = [text for _, found in asked for item in found for text in item.texts]
+        return self._vectors.missing(texts), self._vectors.missing([query for query, _ in asked])
+
+    def _finish(self, batch: _Batch) -> list[Result]:
+        for place, search, candidates in batch.searches:
+            batch.results[place] = self._best(search, candidates)
+        changes = []
+        with self._database.transaction():
+            for op, row in batch.puts.values():
+                changes.append(self._write(op, row))
         for old, new in changes:
             self._follow(old, new)
         interval = (self.ttl_config or {}).get("sweep_interval_minutes")
         if interval and time.time() - self._swept > 60 * interval:
             self.sweep_ttl()
-        return results
+        return batch.results
+
+    @property
+    def _database(self) -> Any:
+        return self._mem.store.database
+
+    @property
+    def _records(self) -> Any:
+        return self._database.records(self._mem.settings.namespace, "item")
+
+    def _row(self, op: PutOp) -> dict[str, Any] | None:
+        """What is written of a value. Raises InputError."""
+        if op.value is None:
+            return None
+        try:
+            json.dumps(op.value, sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"The value of {op.key!r} is not JSON: {error}. Use text, numbers, lists and mappings with text keys."
+            ) from None
+        fields = self._fields if op.index is None else op.index or []
+        texts = [text.strip() for one in fields for text in _texts(op.value, one) if text.strip()]
+        text = "\n".join(texts)
+        read = next((v for n in ("text", "content") if isinstance(v := op.value.get(n), str)), text).strip()
+        return {"value": dict(op.value), "ttl": op.ttl, "texts": texts, "text": text, "read": read}
+
+    def _write(self, op: PutOp, row: dict[str, Any] | None) -> tuple[str | None, str | None]:
+        """Write or delete; the text that was computed before, and that is to be computed now."""
+        key = list_key(list(op.namespace), op.key)
+        record = self._records.get(key)
+        old = None if record is None else record.value
+        was_read = None if old is None else str(old["read"])
+        if row is None:
+            self._records.delete(key)
+            return was_read, None
+        now = time.time()
+        # What has expired is not there.
+        created = old["created"] if old is not None and not _expired(old, now) else now
+        times = {"created": created, "updated": now, "order": created if old is None else old["order"]}
+        expires = None if op.ttl is None else now + 60 * op.ttl
+        self._records.put(key, {**row, **times, "expires": expires})
+        return was_read, str(row["read"])
 
     def _follow(self, old: str | None, new: str | None) -> None:
-        """Bring the caches in line with what was written. The texts are safe by now: what cannot be read is logged."""
+        """Bring the caches in line with what was written. The item is safe by now, so failures are logged only."""
         if not self._prefill or old == new:
             return
         try:
@@ -122,136 +250,148 @@ class KVMemStore(BaseStore):
             if new:
                 self._mem.read([new])
         except KVMemError as error:
-            logger.warning("kvmem: an item is kept, but not read: %s", error)
-
-    async def abatch(self, ops: Iterable[Op]) -> list[Result]:
-        return await asyncio.to_thread(self.batch, list(ops))
-
-    def _name(self, namespace: tuple[str, ...], key: str) -> str:
-        return "item:" + json.dumps([self._mem.settings.namespace, list(namespace), key])
-
-    def _put(self, op: PutOp) -> tuple[str | None, str | None]:
-        """Write or delete; the text that was read before, and that is to be read now."""
-        rows = self._mem.store.documents
-        name = self._name(op.namespace, op.key)
-        raw = rows.get(name)
-        old_row = None if raw is None else json.loads(raw)
-        old = None if old_row is None else str(old_row["read"])
-        if op.value is None:
-            rows.pop(name, None)
-            return old, None
-        now = time.time()
-        # What has expired is not there.
-        created = old_row["created"] if old_row is not None and not _expired(old_row, now) else now
-        fields = self._fields if op.index is None else op.index or []
-        text = _text(op.value, fields)
-        row = {
-            "value": dict(op.value),
-            "created": created,
-            "order": created if old_row is None else old_row["order"],
-            "updated": now,
-            "ttl": op.ttl,
-            "expires": None if op.ttl is None else now + 60 * op.ttl,
-            "text": text,
-            "read": next((v for n in ("text", "content") if isinstance(v := op.value.get(n), str)), text).strip(),
-        }
-        rows[name] = json.dumps(row)
-        return old, str(row["read"])
+            logger.warning("kvmem: an item is kept, but its caches are not computed: %s", error)
 
     def _get(self, op: GetOp) -> Item | None:
-        raw = self._mem.store.documents.get(self._name(op.namespace, op.key))
-        if raw is None:
-            return None
-        row = json.loads(raw)
-        if _expired(row, time.time()):
+        record = self._records.get(list_key(list(op.namespace), op.key))
+        if record is None or _expired(record.value, time.time()):
             return None
         if op.refresh_ttl:
             self._refresh(op.namespace, op.key)
-        return Item(value=row["value"], key=op.key, namespace=op.namespace, **_times(row))
+        row = record.value
+        return Item(value=dict(row["value"]), key=op.key, namespace=op.namespace, **_times(row))
 
     def _refresh(self, namespace: tuple[str, ...], key: str) -> None:
-        """Begin an item's time to live anew, as it is by now."""
-        rows, name = self._mem.store.documents, self._name(namespace, key)
-        with self._lock:
-            row = json.loads(rows.get(name) or "null")
-            if row is not None and row["ttl"] is not None:
-                rows[name] = json.dumps({**row, "expires": time.time() + 60 * row["ttl"]})
+        """Restart an item's time to live, as it is by now."""
+        name = list_key(list(namespace), key)
+        with self._database.transaction():
+            record = self._records.get(name)
+            if record is not None and record.value["ttl"] is not None:
+                self._records.put(name, {**record.value, "expires": time.time() + 60 * record.value["ttl"]})
 
-    def _rows(self) -> Iterator[_Found]:
-        """Items that have not expired, in the order they were first put."""
-        start = "item:" + json.dumps([self._mem.settings.namespace])[:-1] + ","
-        now = time.time()
-        found = []
-        for name, raw in self._mem.store.documents.items():
-            if name.startswith(start):
-                _, namespace, key = json.loads(name.removeprefix("item:"))
-                row = json.loads(raw)
-                if not _expired(row, now):
-                    found.append((tuple(namespace), key, row))
-        return iter(sorted(found, key=lambda item: item[2]["order"]))
+    def _items(self, prefix: Sequence[str] = ()) -> list[_Found]:
+        """Items below a namespace that have not expired, in the order they were first put."""
+        start, now = json.dumps([list(prefix)], ensure_ascii=False)[:-2], time.time()
+        found = [_item(record) for record in self._records.scan(start) if not _expired(record.value, now)]
+        return sorted(found, key=lambda item: item.row["order"])
 
     def _candidates(self, op: SearchOp) -> list[_Found]:
-        depth = len(op.namespace_prefix)
-        return [
-            (namespace, key, row)
-            for namespace, key, row in self._rows()
-            if namespace[:depth] == op.namespace_prefix and _matches(row["value"], op.filter)
-        ]
+        return [item for item in self._items(op.namespace_prefix) if matches(item.row["value"], op.filter)]
 
     def _best(self, op: SearchOp, wanted: list[_Found]) -> list[SearchItem]:
-        """What was asked for of the candidates, best first; scoring takes time, and holds no lock."""
-        scores: list[float | None] = [None] * len(wanted)
+        """The candidates asked for, best first; scoring takes time, and holds no lock."""
+        ranked: list[tuple[_Found, float | None]] = [(item, None) for item in wanted]
         if op.query:
-            chunks = [Chunk(row["text"], key, 0, {}) for _, key, row in wanted]
-            scores = list(self._retriever.score(op.query, chunks))
-            order = sorted(range(len(wanted)), key=lambda i: (-(scores[i] or 0.0), wanted[i][2]["order"]))
-        else:
-            order = list(range(len(wanted)))
+            ranked = self._ranked(op.query, [item for item in wanted if item.texts])
+            ranked += [(item, None) for item in wanted if not item.texts]
         found = []
-        for i in order[op.offset : op.offset + op.limit]:
-            namespace, key, row = wanted[i]
+        for item, score in ranked[op.offset : op.offset + op.limit]:
             if op.refresh_ttl:
-                self._refresh(namespace, key)
-            found.append(SearchItem(namespace, key, row["value"], **_times(row), score=scores[i]))
+                self._refresh(item.namespace, item.key)
+            value = dict(item.row["value"])
+            found.append(SearchItem(item.namespace, item.key, value, **_times(item.row), score=score))
         return found
 
+    def _ranked(self, query: str, items: list[_Found]) -> list[tuple[_Found, float | None]]:
+        if not items:
+            return []
+        chunks = [Chunk("\n".join(item.texts), item.key, 0, {}) for item in items]
+        by_words: Any = (self._retriever or self._words).score(query, chunks)
+        scores = by_words
+        if self.embeddings is not None and self._retriever is None:
+            asked = self._vectors.of(query)
+            scores = [max(float(self._vectors.of(text) @ asked) for text in item.texts) for item in items]
+        best = sorted(range(len(items)), key=lambda i: (-scores[i], -by_words[i], items[i].row["order"]))
+        return [(items[i], float(scores[i])) for i in best]
+
     def _list_namespaces(self, op: ListNamespacesOp) -> list[tuple[str, ...]]:
-        found = {namespace for namespace, _, _ in self._rows()}
+        found = {item.namespace for item in self._items()}
         kept = [ns for ns in found if all(_fits(condition, ns) for condition in op.match_conditions or ())]
         cut = sorted({ns if op.max_depth is None else ns[: op.max_depth] for ns in kept})
         return cut[op.offset : op.offset + op.limit]
 
+    # Expiry
+
     def sweep_ttl(self) -> int:
-        """Remove what has expired; how many."""
-        start = "item:" + json.dumps([self._mem.settings.namespace])[:-1] + ","
-        rows, now = self._mem.store.documents, time.time()
-        with self._lock:
-            found = {name: json.loads(raw) for name, raw in rows.items() if name.startswith(start)}
-            gone = {name: row for name, row in found.items() if _expired(row, now)}
-            for name in gone:
-                rows.pop(name, None)
+        """Remove what has expired; returns how many items."""
+        now = time.time()
+        with self._database.transaction():
+            gone = [record for record in self._records.scan() if _expired(record.value, now)]
+            for record in gone:
+                self._records.delete(record.key)
             self._swept = now
-        for row in gone.values():
-            self._follow(row["read"], None)
+        for record in gone:
+            self._follow(record.value["read"], None)
         return len(gone)
 
+    def start_ttl_sweeper(self, sweep_interval_minutes: float | None = None) -> Future[None]:
+        """Sweep in a thread until `stop_ttl_sweeper`, every so many minutes (5 by default). Starting twice is once."""
+        if self._sweeper is not None and not self._sweeper.done():
+            return self._sweeper
+        interval = sweep_interval_minutes or (self.ttl_config or {}).get("sweep_interval_minutes") or 5
+        done: Future[None] = Future()
+        self._stop_sweeping = stop = threading.Event()
 
-def _check(op: PutOp) -> None:
-    """Raises InputError before anything of a batch is written."""
-    try:
-        json.dumps(op.value)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"The value of {op.key!r} is not JSON: {error}. Use text, numbers, lists and mappings."
-        ) from None
+        def sweep() -> None:
+            try:
+                while not stop.wait(60 * interval):
+                    try:
+                        self.sweep_ttl()
+                    except KVMemError as error:
+                        logger.warning("kvmem: expired items could not be removed: %s", error)
+            except Exception as error:  # whatever the engine's own components raise
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        threading.Thread(target=sweep, name="kvmem-ttl", daemon=True).start()
+        self._sweeper = done
+        return done
+
+    def stop_ttl_sweeper(self, timeout: float | None = None) -> bool:
+        """Stop the sweeper; whether it ended within `timeout` seconds."""
+        self._stop_sweeping.set()
+        if self._sweeper is None:
+            return True
+        try:
+            self._sweeper.result(timeout)
+        except TimeoutError:
+            return False
+        self._sweeper = None
+        return True
 
 
-def _text(value: Mapping[str, Any], fields: list[str]) -> str:
-    """What is searched of a value."""
-    found = [
-        text for field in fields for text in get_text_at_path(value, field if field == "$" else tokenize_path(field))
-    ]
-    return "\n".join(found).strip()
+class _Vectors:
+    """Unit vectors by text; those used last are kept. For any thread."""
+
+    def __init__(self) -> None:
+        self._known: LRUCache[str, np.ndarray] = LRUCache(_KEPT_VECTORS)
+        self._lock = threading.Lock()
+
+    def missing(self, texts: Iterable[str]) -> list[str]:
+        with self._lock:
+            return [text for text in dict.fromkeys(texts) if text not in self._known]
+
+    def keep(self, texts: Sequence[str], vectors: Sequence[Any]) -> None:
+        """Raises InputError for what is not one vector for each text."""
+        if texts:
+            unit = as_unit_vectors(list(vectors), len(texts))
+            with self._lock:
+                self._known.update(zip(texts, unit, strict=True))
+
+    def of(self, text: str) -> np.ndarray:
+        with self._lock:
+            return self._known[text]
+
+
+def _texts(value: Mapping[str, Any], path: str) -> list[str]:
+    """What is searched of a value at a path."""
+    return list(get_text_at_path(value, path if path == "$" else tokenize_path(path)))
+
+
+def _item(record: Record) -> _Found:
+    namespace, key = json.loads(record.key)
+    return _Found(tuple(namespace), key, record.value)
 
 
 def _times(row: _Row) -> dict[str, Any]:
@@ -265,37 +405,9 @@ def _expired(row: _Row, now: float) -> bool:
 def _fits(condition: MatchCondition, namespace: tuple[str, ...]) -> bool:
     """Whether a namespace begins or ends as the condition says; "*" is any one label."""
     path = condition.path
+    if condition.match_type not in ("prefix", "suffix"):
+        raise ValueError(f"Unsupported match type: {condition.match_type}")
     if len(namespace) < len(path):
         return False
     part = namespace[: len(path)] if condition.match_type == "prefix" else namespace[len(namespace) - len(path) :]
     return all(wanted in ("*", label) for label, wanted in zip(part, path, strict=True))
-
-
-def _matches(value: Mapping[str, Any], wanted: Mapping[str, Any] | None) -> bool:
-    return all(_equals(value.get(name), expected) for name, expected in (wanted or {}).items())
-
-
-def _equals(value: Any, wanted: Any) -> bool:
-    """As LangGraph's stores compare: nested, and by operators such as {"$gt": 3}."""
-    if isinstance(wanted, Mapping):
-        if any(name.startswith("$") for name in wanted):
-            return all(_compares(value, operator, operand) for operator, operand in wanted.items())
-        return isinstance(value, Mapping) and all(_equals(value.get(name), part) for name, part in wanted.items())
-    if isinstance(wanted, (list, tuple)):
-        return (
-            isinstance(value, (list, tuple))
-            and len(value) == len(wanted)
-            and all(_equals(one, other) for one, other in zip(value, wanted, strict=True))
-        )
-    return bool(value == wanted)
-
-
-def _compares(value: Any, operator: str, operand: Any) -> bool:
-    if operator == "$eq":
-        return bool(value == operand)
-    if operator == "$ne":
-        return bool(value != operand)
-    order = {"$gt": float.__gt__, "$gte": float.__ge__, "$lt": float.__lt__, "$lte": float.__le__}.get(operator)
-    if order is None:
-        raise ValueError(f"Unsupported operator: {operator}")
-    return value is not None and bool(order(float(value), float(operand)))

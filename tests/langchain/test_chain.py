@@ -16,7 +16,6 @@ from langchain_core.runnables import RunnableLambda
 from kvmem import InputError, KVMem
 from kvmem.testing import tiny_model
 from langchain_kvmem import CachedContextChain, ChatKVMem
-from langchain_kvmem.retriever import RankedBy
 
 DOCUMENTS = [
     Document(page_content="The rent is due on the first day of the month.", metadata={"source": "lease"}, id="l"),
@@ -32,11 +31,12 @@ def chain(mem: KVMem) -> CachedContextChain:
 def test_invoke_has_the_contract_of_a_retrieval_chain(chain: CachedContextChain) -> None:
     """The input is passed on, context are documents with their metadata, the answer is text."""
     result = chain.invoke({"input": "When is the rent due?", "other": 1})
-    assert list(result) == ["input", "other", "context", "answer"]
+    assert list(result) == ["input", "other", "context", "answer", "usage", "plan"]
     assert result["other"] == 1
     assert [d.metadata["source"] for d in result["context"]] == ["lease", "manual"]
     assert result["context"][0].metadata["document_id"] == "l"
-    assert result["answer"] == chain.mem.ask("When is the rent due?", max_tokens=12).text
+    assert result["answer"] == chain.mem.ask("When is the rent due?", collection=chain.collection, max_tokens=12).text
+    assert result["usage"]["input_tokens"] == result["plan"]["prompt_tokens"]
 
 
 def test_streaming_comes_in_order_and_adds_up(chain: CachedContextChain) -> None:
@@ -54,10 +54,11 @@ def test_streaming_comes_in_order_and_adds_up(chain: CachedContextChain) -> None
 async def test_async_gives_the_same(chain: CachedContextChain) -> None:
     """ainvoke and astream equal their synchronous twins."""
     expected = chain.invoke({"input": "When?"})
-    assert await chain.ainvoke({"input": "When?"}) == expected
+    found = await chain.ainvoke({"input": "When?"})
+    assert {**found, "usage": None} == {**expected, "usage": None}
     chunks = [chunk async for chunk in chain.astream({"input": "When?"})]
     assert "".join(chunk.get("answer", "") for chunk in chunks) == expected["answer"]
-    assert chain.batch([{"input": "When?"}, {"input": "What?"}])[0] == expected
+    assert chain.batch([{"input": "When?"}, {"input": "What?"}])[0]["answer"] == expected["answer"]
 
 
 async def test_the_corpus_is_listed_off_the_event_loop(
@@ -65,8 +66,10 @@ async def test_the_corpus_is_listed_off_the_event_loop(
 ) -> None:
     """Its rows lie in a store, which may be slow."""
     threads: list[int] = []
-    real = chain.mem.list
-    monkeypatch.setattr(chain.mem, "list", lambda: threads.append(threading.get_ident()) or real())
+    real = chain.mem.build_prompt
+    monkeypatch.setattr(
+        chain.mem, "build_prompt", lambda *a, **o: threads.append(threading.get_ident()) or real(*a, **o)
+    )
     inputs = {"input": "When?", "chat_history": [("human", "Hi"), ("ai", "Hello")]}
     await chain.ainvoke(inputs)
     assert [chunk async for chunk in chain.astream(inputs)]
@@ -124,7 +127,7 @@ def test_a_history_makes_the_question_the_next_turn(chain: CachedContextChain) -
     assert found["chat_history"] == history
     messages = [{"role": "user", "content": history[0][1]}, {"role": "assistant", "content": history[1][1]}]
     asked = [*messages, {"role": "user", "content": "And then?"}]
-    assert found["answer"] == chain.mem.chat(asked, context=chain.mem.list(), max_tokens=12).text
+    assert found["answer"] == chain.mem.chat(asked, context=chain.collection.list(), max_tokens=12).text
     assert asyncio.run(chain.ainvoke({"input": "And then?", "chat_history": history}))["answer"] == found["answer"]
 
 
@@ -132,12 +135,13 @@ def test_documents_are_shown_as_a_prompt_template_says(mem: KVMem) -> None:
     """document_prompt puts metadata into the text the model reads; system_prompt stands before it."""
     template = PromptTemplate.from_template("[{source}] {page_content}")
     chain = CachedContextChain.from_documents(DOCUMENTS, mem, document_prompt=template, system_prompt="Be brief.")
-    assert mem.get("l").text == "[lease] The rent is due on the first day of the month."
+    assert chain.collection is not None
+    assert chain.collection.get("l").text == "[lease] The rent is due on the first day of the month."
     assert chain.options == {"system": "Be brief."}
 
 
 def test_a_retriever_of_langchain_chooses_when_the_window_is_full(tmp_path: Path) -> None:
-    """Chunks that share text with what it returns are taken, though it cut the documents elsewhere."""
+    """Exactly what it returns is in the prompt, though it cut the documents elsewhere."""
     model = tiny_model(max_position_embeddings=700)
     texts = [f"Fact {n}: " + " ".join(f"{w}{n}" for w in ("alpha", "beta", "gamma", "delta") * 6) for n in range(12)]
 
@@ -145,12 +149,10 @@ def test_a_retriever_of_langchain_chooses_when_the_window_is_full(tmp_path: Path
         def _get_relevant_documents(self, query: str, **_: Any) -> list[Document]:
             return [Document("Something else entirely, in words of its own, here."), Document(texts[7][9:150])]
 
-    with KVMem(model, tmp_path / "kv", max_tokens=4, retriever=RankedBy(Seventh())) as mem:
-        chain = CachedContextChain.from_texts(texts, mem)
+    with KVMem(model, tmp_path / "kv", max_tokens=4) as mem:
+        chain = CachedContextChain.from_texts(texts, mem, retriever=Seventh())
         found = chain.invoke({"input": "Which?"})
-    assert [d.page_content for d in found["context"]] == [texts[7]]
-    with pytest.raises(InputError, match="has a retriever"):
-        CachedContextChain.from_texts(texts, mem, retriever=Seventh())
+    assert [d.page_content for d in found["context"]] == [d.page_content for d in Seventh().invoke("?")]
 
 
 def test_a_chain_that_only_swaps_its_model_reuses_what_it_retrieves(mem: KVMem) -> None:
@@ -173,6 +175,7 @@ def test_a_chain_that_only_swaps_its_model_reuses_what_it_retrieves(mem: KVMem) 
 def test_pages_without_text_are_left_out(mem: KVMem, caplog: pytest.LogCaptureFixture) -> None:
     """As loaders of PDF give them; that is logged."""
     pages = [*DOCUMENTS, Document(page_content=" \n", metadata={"page": 3})]
-    CachedContextChain.from_documents(pages, mem)
-    assert len(mem.list()) == 2
+    chain = CachedContextChain.from_documents(pages, mem)
+    assert chain.collection is not None
+    assert len(chain.collection) == 2
     assert "1 of 3 documents have no text" in caplog.text

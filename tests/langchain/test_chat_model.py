@@ -55,7 +55,7 @@ def test_arguments_of_a_call_win_over_the_models(chat: ChatKVMem) -> None:
     drawn = {str(chat.invoke("Hello", temperature=2.0, seed=seed).content) for seed in range(4)}
     assert len(drawn) > 1
     assert chat.invoke("Hello", temperature=2.0, seed=1) != chat.invoke("Hello", temperature=2.0, seed=2)
-    with pytest.raises(InputError, match="Make another"):
+    with pytest.raises(InputError, match="Create another"):
         chat.invoke("Hello", model="gpt-4")
 
 
@@ -267,7 +267,7 @@ def test_the_first_call_opens_its_engine_off_the_event_loop(
         opened.append(threading.current_thread())
         return open_mem(model, None)
 
-    monkeypatch.setattr("langchain_kvmem.chat_model.KVMem", opening)
+    monkeypatch.setattr("kvmem.sharing.open_engine", opening)
     chat = ChatKVMem(model="tiny", max_tokens=2)
 
     async def main() -> None:
@@ -330,7 +330,7 @@ def test_an_engine_opens_once_and_only_when_needed(model: LanguageModel, tmp_pat
         time.sleep(0.2)
         return KVMem(model, tmp_path / "kv", max_tokens=2)
 
-    monkeypatch.setattr("langchain_kvmem.chat_model.KVMem", slow)
+    monkeypatch.setattr("kvmem.sharing.open_engine", slow)
     chat = ChatKVMem(model="anything")
     assert opened == []
     threads = [threading.Thread(target=chat.invoke, args=("Hello",)) for _ in range(3)]

@@ -174,7 +174,7 @@ def test_what_cannot_be_read_is_kept_all_the_same(model: LanguageModel, caplog: 
         store = KVMemStore(mem)
         store.put(("u",), "k", {"text": "much longer than twenty characters"})
         assert store.get(("u",), "k") is not None
-    assert "not read" in caplog.text
+    assert "not computed" in caplog.text
 
 
 def test_an_embedding_model_of_the_index_is_used(mem: KVMem) -> None:
@@ -292,7 +292,7 @@ def test_what_replaces_a_text_need_not_be_readable(
     item = store.get(("notes",), "ferry")
     assert item is not None
     assert item.value["text"] == "It leaves at ten."
-    assert "not read" in caplog.text
+    assert "not computed" in caplog.text
     entries = [mem.store.get(key) for key in mem.store.keys()]  # noqa: SIM118
     read = [mem.model.tokenizer.decode(entry.token_ids) for entry in entries if entry is not None]
     assert not any("at nine" in text for text in read)

@@ -15,8 +15,7 @@ from langchain_tests.integration_tests import RetrieversIntegrationTests
 
 from kvmem import KVMem
 from kvmem.testing import tiny_model
-from langchain_kvmem import KVMemRetriever
-from langchain_kvmem.retriever import RankedBy
+from langchain_kvmem import CachedContextChain, KVMemRetriever
 
 FACTS = [f"Fact {n}: the keeper of lighthouse number {n} has {n + 3} lamps and a dog." for n in range(6)]
 
@@ -63,20 +62,22 @@ def test_a_retriever_of_a_user_finds_the_right_document() -> None:
     documents = facts_corpus()
     vectors = InMemoryVectorStore(HashedWords())
     vectors.add_documents([LangChainDocument(page_content=d.text, id=d.id) for d in documents])
-    retriever = RankedBy(vectors.as_retriever(search_kwargs={"k": 4}))
-    model = tiny_model(max_position_embeddings=4096)
-    with open_mem(model, None, retriever=retriever, split={"minimum": 128, "target": 320, "maximum": 512}) as mem:
+    retriever = vectors.as_retriever(search_kwargs={"k": 4})
+    model = tiny_model(max_position_embeddings=8192)
+    with open_mem(model, None, split={"minimum": 128, "target": 320, "maximum": 512}) as mem:
         for document in documents:
-            mem._corpus.put(document)
-        chunks = mem._corpus.chunks()
+            mem.add(document, read=False)
+        chain = CachedContextChain(mem, retriever=retriever)
         found = 0
         draw = random.Random(2)
         for _ in range(50):
             name, _n = draw.choice(COMPANIES)
-            plan = mem.plan(f"How many people does {name} employ and when was {name} founded?")
-            assert plan.mode == "retrieve"
-            assert plan.prompt_tokens + 8 <= model.window
-            found += name in {chunks[i].document_id for i in plan.chunks}
+            question = f"How many people does {name} employ and when was {name} founded?"
+            assert chain.build({"input": question}, {}, None) is None
+            turn = chain.build({"input": question}, {}, retriever.invoke(question))
+            assert turn is not None
+            assert turn.request.plan.prompt_tokens + 8 <= model.window
+            found += name in {source.document_id for source in turn.request.sources}
         assert found >= 45
 
 
