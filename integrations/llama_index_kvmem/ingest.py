@@ -12,7 +12,7 @@ from llama_index.core.schema import BaseNode, TransformComponent
 from llama_index.core.storage.docstore.types import BaseDocumentStore
 
 from kvmem import InputError, KVMem
-from llama_index_kvmem.convert import CUT_FROM, to_documents
+from llama_index_kvmem.convert import CUT_FROM, to_kept, with_text
 
 
 class KVMemTransform(TransformComponent):
@@ -47,7 +47,7 @@ class KVMemTransform(TransformComponent):
         )
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        new = to_documents(nodes)
+        new = [to_kept(node) for node in with_text(nodes)]
         added = {document.id for document in self._mem.add_all(new)}
         replaced = {document.metadata.get(CUT_FROM, document.id) for document in new}
         for document in self._mem.list():

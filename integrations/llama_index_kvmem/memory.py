@@ -13,9 +13,9 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.memory import BaseMemoryBlock
 
 from kvmem import KVMemError, Memory
+from llama_index_kvmem.convert import DOCUMENT
 
 logger = logging.getLogger("kvmem")
-DOCUMENT = "kvmem_document"
 
 
 class KVMemMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):

@@ -3,12 +3,13 @@ from __future__ import annotations
 import threading
 
 import pytest
+from helpers import prompts
 from llama_index.core import Document
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.chat_engine.types import BaseChatEngine
 from llama_index.core.memory import ChatMemoryBuffer
 
-from kvmem import InputError, KVMem
+from kvmem import KVMem
 from llama_index_kvmem import KVMemChatEngine
 
 DOCUMENTS = [
@@ -62,7 +63,7 @@ def test_a_history_may_be_given_and_a_memory_too(mem: KVMem) -> None:
 def test_a_turn_that_fails_leaves_no_trace(engine: KVMemChatEngine) -> None:
     """Streamed or not, the history is as it was."""
     for chat in (engine.chat, engine.stream_chat):
-        with pytest.raises(InputError):
+        with pytest.raises(ValueError, match=r"context size|window"):
             chat("word " * 2000)
         assert engine.chat_history == []
 
@@ -72,10 +73,12 @@ def test_another_system_prompt_stands_before_the_documents(mem: KVMem) -> None:
     engine = KVMemChatEngine.from_documents(DOCUMENTS, mem, max_tokens=2, system="Be brief, and rhyme.")
     found = engine.chat("When?").metadata
     assert found is not None
-    messages = [{"role": "system", "content": "Be brief, and rhyme."}, {"role": "user", "content": "When?"}]
-    same = mem.chat(messages, context=mem.list(), max_tokens=2)
-    assert found["usage"]["prompt"] == same.usage.prompt
-    assert found["usage"]["reused"] + found["usage"]["recomputed"] > 60
+    with prompts() as seen:
+        engine.chat("When?")
+    assert "Be brief, and rhyme.\n\nThe rent is due" in seen[0]
+    other = KVMemChatEngine.from_documents(DOCUMENTS, mem, max_tokens=2, system="Be long.").chat("When?").metadata
+    assert other is not None
+    assert other["usage"]["exact"] > 60
 
 
 async def test_the_corpus_is_listed_off_the_event_loop(
@@ -83,8 +86,10 @@ async def test_the_corpus_is_listed_off_the_event_loop(
 ) -> None:
     """Its rows lie in a store, which may be slow."""
     threads: list[int] = []
-    real = engine.mem.list
-    monkeypatch.setattr(engine.mem, "list", lambda: threads.append(threading.get_ident()) or real())
+    engine.mem.add("The lamps are old.")
+    engine = KVMemChatEngine(engine.mem, max_tokens=2)
+    real = engine.mem.chunks
+    monkeypatch.setattr(engine.mem, "chunks", lambda: threads.append(threading.get_ident()) or real())
     await engine.achat("Why?")
     response = await engine.astream_chat("Why?")
     assert [piece async for piece in response.async_response_gen()]

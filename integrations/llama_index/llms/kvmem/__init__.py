@@ -1,0 +1,5 @@
+"""KVMemLLM under LlamaIndex's own import path for LLMs."""
+
+from llama_index_kvmem.llm import KVMemLLM
+
+__all__ = ["KVMemLLM"]
