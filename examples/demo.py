@@ -1,6 +1,6 @@
-"""Read three documents once; ask; then ask again in a new process, which finds everything on disk.
+"""Reads three documents and asks questions, then asks again in a new process that loads everything from disk.
 
-Run with `make demo`, or `python examples/demo.py [--store DIR]`. Every figure is measured in this run.
+Run `make demo` or `python examples/demo.py [--store DIR]`. All numbers are measured in this run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def first_process(store: Path) -> dict[str, object]:
 
 
 def second_process(store: Path) -> dict[str, object]:
-    """Ask again; then with the documents in the opposite order; then by full prefill, reading everything."""
+    """Ask again, then with the documents in reverse order, then with full prefill of every prompt."""
     from kvmem import KVMem
 
     with KVMem("smollm2", store, max_tokens=32) as mem:
@@ -55,7 +55,7 @@ def second_process(store: Path) -> dict[str, object]:
 
 
 def full_prefill(mem, question: str, context=None) -> dict[str, object]:  # type: ignore[no-untyped-def]
-    """What everybody does: the whole prompt through `model.generate`, with transformers' own cache."""
+    """The usual way: the whole prompt through `model.generate`, with transformers' own cache."""
     import torch
     from transformers import TextIteratorStreamer
 
@@ -91,7 +91,7 @@ def main() -> None:
         store = arguments.store or Path(scratch) / "kv"
         with console.status("First process: reading three documents and asking five questions …"):
             first = run("first", store)
-        with console.status("Second process: asking again, and by full prefill for comparison …"):
+        with console.status("Second process: asking again, with kvmem and with full prefill …"):
             second = run("second", store)
     show(first, second)
 
@@ -129,10 +129,10 @@ def show(first, second) -> None:  # type: ignore[no-untyped-def]
     moved = [cell["first_token"] for cell in second["moved"]]
     full_moved = [cell["first_token"] for cell in second["full_moved"]]
     console.print(
-        f"\nReading the documents took {first['reading']:.1f} s, once. Time to the first token, of full prefill's: "
-        f"{warm[0] / full[0]:.1%} for the first question after the restart (everything comes from disk), "
+        f"\nReading the documents took {first['reading']:.1f} s, once. Time to the first token, relative to full "
+        f"prefill: {warm[0] / full[0]:.1%} for the first question after the restart (everything is loaded from disk), "
         f"{sum(warm[1:]) / sum(full[1:]):.1%} for the others, "
-        f"{sum(moved) / sum(full_moved):.1%} with the documents in another order (moved and repaired)."
+        f"{sum(moved) / sum(full_moved):.1%} with the documents in a different order (blended)."
     )
 
 

@@ -1,6 +1,6 @@
 """A LangChain agent that remembers its user across restarts: python examples/langchain_agent.py
 
-The second half runs in a new process, with nothing but the directory.
+The second half runs in a new process that shares only the store directory.
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""Streaming in async, and answers as objects: python examples/langchain_async_and_structured.py"""
+"""Async streaming, and answers as objects: python examples/langchain_async_and_structured.py"""
 
 import asyncio
 

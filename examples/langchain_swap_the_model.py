@@ -1,6 +1,6 @@
-"""One RAG chain, two models: ChatHuggingFace and ChatKVMem over the same weights.
+"""One RAG chain with two chat models: ChatHuggingFace and ChatKVMem, using the same weights.
 
-python examples/langchain_swap_the_model.py [OUTPUT.json]    (pip install langchain-huggingface for the comparison)
+python examples/langchain_swap_the_model.py [OUTPUT.json]    (the comparison needs langchain-huggingface)
 """
 
 import json
@@ -70,7 +70,7 @@ with KVMem("smollm2") as corpus, KVMem(corpus.model) as mem:
             times = [row for row in rows if row["model"] == name and row["pass"] == turn]
             typical = {key: median(row[key] for row in times) for key in ("first", "answer")}
             first, answer = f"{typical['first']:.2f} s", f"{typical['answer']:.2f} s"
-            print(f"{name:16} pass {turn}: median {first} to the first token, {answer} in all")
+            print(f"{name:16} pass {turn}: median {first} to the first token, {answer} in total")
 
 if len(sys.argv) > 1:
     Path(sys.argv[1]).write_text(json.dumps(rows, indent=1) + "\n")

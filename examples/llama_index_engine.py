@@ -18,5 +18,5 @@ with tempfile.TemporaryDirectory() as store:
         response = engine.query(question)
         print(f"\n{question}\n{response}")
         usage = response.metadata["usage"]
-        print(f"{usage['exact']} of {usage['prompt']} prompt tokens were read before")
+        print(f"{usage['exact']} of {usage['prompt']} prompt tokens were exact cache hits")
     engine.mem.close()

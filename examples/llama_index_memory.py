@@ -1,6 +1,6 @@
 """LlamaIndex's Memory with a block that survives restarts: python examples/llama_index_memory.py
 
-The second half runs in a new process, with nothing but the directory.
+The second half runs in a new process that shares only the store directory.
 """
 
 import asyncio
@@ -18,7 +18,8 @@ from llama_index_kvmem import KVMemLLM, KVMemMemoryBlock
 async def run(store: str, texts: list[str]) -> None:
     with KVMem("smollm2", store, system="You are a helpful assistant.") as mem:
         llm = KVMemLLM(mem=mem, max_new_tokens=32)
-        block = KVMemMemoryBlock(Memory(mem), k=3)
+        kept = Memory(mem)
+        block = KVMemMemoryBlock(kept, k=3)
         memory = LlamaMemory.from_defaults(
             token_limit=2000,
             memory_blocks=[block],
@@ -32,7 +33,7 @@ async def run(store: str, texts: list[str]) -> None:
             print(f"> {text}\n{response.message.content}")
             print(f"  {usage['computed'] + usage['recomputed']} tokens computed\n")
         await block.aput(await memory.aget_all())
-        print("Remembered:", [item.text for item in block._memory.list()])
+        print("Remembered:", [item.text for item in kept.list()])
 
 
 if len(sys.argv) > 1:

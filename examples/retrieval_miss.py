@@ -1,6 +1,7 @@
-"""What top-k retrieval misses when an answer stands in two distant places, a clause and a definition.
+"""Shows what top-k retrieval misses when an answer needs two distant parts, such as a clause and a definition.
 
-python examples/retrieval_miss.py [--limit N] [--output FILE.json]. Every figure is measured in this run, on SmolLM2.
+Run `python examples/retrieval_miss.py [--limit N] [--output FILE.json]`. All numbers are measured in this run, on
+SmolLM2.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ K = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, help="write the figures here, as JSON")
-    parser.add_argument("--limit", type=int, help="ask only so many questions")
+    parser.add_argument("--output", type=Path, help="write the results to this JSON file")
+    parser.add_argument("--limit", type=int, help="maximum number of questions")
     arguments = parser.parse_args()
     questions = [question for question in load(HERE / "questions.jsonl") if len(question.evidence) > 1]
     questions = questions[: arguments.limit]
@@ -51,7 +52,7 @@ def main() -> None:
     answers = {name: sum(row["ways"][name]["contains"] for row in compared["rows"]) for name in ways}
 
     console = Console()
-    table = Table("in the prompt", "a part is missing", title=f"{len(questions)} questions with two distant parts")
+    table = Table("in the prompt", "a part is missing", title=f"{len(questions)} questions that need two distant parts")
     for k, count in missed.items():
         table.add_row(f"top {k} of {len(corpus)} chunks", f"{count} of {len(questions)}")
     table.add_row("all documents, cached", f"{whole} of {len(questions)}")
@@ -65,9 +66,9 @@ def main() -> None:
         shown.add_row(f"{escape(row['question'])} [dim]({escape(row['answers'][0])})", *cells)
     console.print(shown)
     console.print(
-        f"Right answer in the text, of {len(questions)}: RAG {answers['rag']}, full prefill {answers['full']}, kvmem "
-        f"{answers['warm']}, kvmem on RAG's chunks {answers['cached']}. Having both parts in the prompt is "
-        "what kvmem sees to; putting them together is up to the model, and this one has 135 million parameters."
+        f"Right answers, of {len(questions)}: RAG {answers['rag']}, full prefill {answers['full']}, kvmem "
+        f"{answers['warm']}, kvmem on RAG's chunks {answers['cached']}. kvmem gets both parts into the prompt; "
+        "combining them is up to the model, and this one has only 135 million parameters."
     )
     if arguments.output:
         settings = {"questions": len(questions), "chunks": len(corpus), "k": K}
