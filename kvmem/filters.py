@@ -1,4 +1,4 @@
-"""Filters over metadata: values by name, nested, or operators such as {"$gt": 3}."""
+"""Filters over metadata: values by name ("user.role" for a nested one), or operators such as {"$gt": 3}."""
 
 from __future__ import annotations
 
@@ -46,7 +46,16 @@ def check_filter(wanted: Filter) -> None:
 
 def matches(value: Mapping[str, Any], wanted: Filter | None) -> bool:
     """Whether a mapping passes a filter: every name has the wanted value, or one that its operators accept."""
-    return all(_passes(value.get(name), expected) for name, expected in (wanted or {}).items())
+    return all(_passes(_value(value, name), expected) for name, expected in (wanted or {}).items())
+
+
+def _value(value: Mapping[str, Any], name: str) -> Any:
+    """The value of a name, or of a path of names joined by dots; None if there is none."""
+    if name in value or "." not in name:
+        return value.get(name)
+    first, _, rest = name.partition(".")
+    below = value.get(first)
+    return _value(below, rest) if isinstance(below, Mapping) else None
 
 
 def _passes(value: Any, wanted: Any) -> bool:

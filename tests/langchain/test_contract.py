@@ -147,6 +147,8 @@ def test_a_filter_holds_for_what_a_retriever_returns(wanted: Any) -> None:
     with KVMem(tiny_model(max_position_embeddings=2600), None, max_tokens=4) as mem:
         chain = CachedContextChain.from_documents(rows, mem, retriever=vectors.as_retriever(), filter=wanted)
         assert ("A earns" in (seen := asked(chain)), "B earns" in seen) == (True, False)
+        chain = CachedContextChain(mem, retriever=Wrapped(inner=vectors.as_retriever()), filter=wanted)
+        assert ("A earns" in (seen := asked(chain)), "B earns" in seen) == (True, False)
         chain = CachedContextChain.from_documents(rows, mem, retriever=vectors.as_retriever())
         with prompts() as given:
             chain.invoke({"input": "Who?"}, context=["C earns 555." + " Many words." * 600])
