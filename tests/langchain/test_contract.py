@@ -258,7 +258,7 @@ async def test_callbacks_see_a_retriever_and_a_chat_model(mem: KVMem) -> None:
         assert order == ["retriever_start", "retriever_end", "chat_model_start", "llm_end"], way
         assert {document.id for document in seen.documents} == {"a", "b"}
         assert "A earns 100." in "".join(seen.prompts)
-        counted = usage.usage_metadata["tiny-llama"]
+        counted = usage.usage_metadata[mem.model.name]
         assert result["usage"]["input_tokens"] == counted["input_tokens"] == result["plan"]["prompt_tokens"]
         assert result["plan"]["mode"] == "whole"
 
