@@ -23,7 +23,7 @@ class Fingerprint:
 
     It covers weights, adapters (which are active or merged, and their scaling), config, tokenizer, chat template and
     dtype. Not covered: forward hooks that change what a layer computes, and single elements that are changed through
-    `Tensor.data`, which PyTorch does not count. Load the model anew after such a change.
+    `Tensor.data`, which PyTorch does not count. Reload the model after such a change.
 
     Args:
         hf: the transformers model.

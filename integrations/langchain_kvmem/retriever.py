@@ -56,7 +56,7 @@ _RANKING = ("BM25Retriever", "KNNRetriever", "SVMRetriever", "TFIDFRetriever")
 def only_ranks(retriever: BaseRetriever) -> bool:
     """Whether a retriever is known to leave nothing out on purpose, as a filter or a score threshold would.
 
-    Of one that is not known, or that wraps others, nobody can tell.
+    An unknown retriever, or one that wraps others, may leave something out.
     """
     if isinstance(retriever, KVMemRetriever):
         return retriever.collection is None and retriever.documents is None

@@ -81,7 +81,7 @@ class KVMemStore(BaseStore):
             embedding model. With `embed`, an item's score is the cosine similarity of its most similar field; items
             without a searched text come last, without a score. Without it, search is by words (BM25).
         retriever: scores items instead, `kvmem.HybridRetriever` for example.
-        ttl: as in LangGraph, in minutes. Expired items are not found any more; `sweep_ttl` removes them, and runs every
+        ttl: as in LangGraph, in minutes. Expired items are no longer found; `sweep_ttl` removes them, and runs every
             `sweep_interval_minutes`, if given, as part of an operation.
 
     Raises:

@@ -347,7 +347,7 @@ def _check_synthesizer(synthesizer: BaseSynthesizer | None, options: dict[str, A
 def only_ranks(retriever: BaseRetriever) -> bool:
     """Whether a retriever is known to leave nothing out on purpose, as a filter or a cutoff would.
 
-    Of one that is not known, or that wraps others, nobody can tell.
+    An unknown retriever, or one that wraps others, may leave something out.
     """
     if isinstance(retriever, VectorIndexRetriever):
         # An index names all of its nodes to its retriever.

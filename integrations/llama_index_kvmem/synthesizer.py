@@ -55,7 +55,7 @@ class KVMemSynthesizer(CompactAndRefine):
         return self._text_qa_template
 
     def messages(self, query_str: str) -> list[dict[str, Any]] | None:
-        """The prompt with CONTEXT in the place of the nodes; None for a template that does not hold them once."""
+        """The prompt with CONTEXT where the nodes go; None if the template does not contain them exactly once."""
         return self._split(self._formatted(query_str))[0]
 
     def fits(self, query_str: str, texts: Sequence[str]) -> bool:
