@@ -50,7 +50,7 @@ class Fingerprint:
             self._value = None
 
     def pack(self) -> None:
-        """Call after the weights were packed: they give the same KV, and cannot be read any more."""
+        """Call after packing the weights: they give the same KV but can no longer be read."""
         self._packed = (self.value,)
         self._state = self._look()
 

@@ -118,7 +118,7 @@ class Memory:
         return item
 
     def _release(self, gone: Sequence[MemoryItem]) -> None:
-        """Remove the caches of texts that no memory of any space has any more."""
+        """Remove the caches of texts that are no longer in a memory of any space."""
         namespace = self.mem.settings.namespace
         kept = {
             (record.value["text"], record.value["metadata"].get("title"))

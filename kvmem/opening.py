@@ -75,7 +75,7 @@ def open_local(model: LanguageModel, store: Store, settings: Settings, typesette
     """A backend for a model in this process."""
 
     def find_recompute() -> float:
-        # The check runs the model, as nobody else may meanwhile.
+        # The check runs the model, so no other prompt may run at the same time.
         with turns_of(model).lock:
             model.refresh()
             found = (recall(model) or check(model)).recompute

@@ -55,7 +55,7 @@ class Begun:
 
     Attributes:
         generation: of the thread; a thread that was removed and created again has another.
-        seen: the messages that whoever asked knew of: what this process last read or wrote of the thread.
+        seen: the messages that the caller knew of: what this process last read or wrote of the thread.
         branches: what was computed of it with the model, newest first.
     """
 
