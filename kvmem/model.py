@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -27,8 +28,10 @@ from kvmem.cache import BlendedCache, Correction
 from kvmem.errors import InputError, ModelError, ModelNotFoundError, first_line
 from kvmem.fingerprint import Fingerprint
 from kvmem.locate import is_remote, locate, locate_config
-from kvmem.pack import can_pack, pack
+from kvmem.pack import can_pack, has_fast_products, pack
 from kvmem.settings import ModelSettings
+
+logger = logging.getLogger("kvmem")
 
 
 class LanguageModel(AnyModel):
@@ -134,6 +137,8 @@ class LanguageModel(AnyModel):
                     f"{name!r} cannot be moved to device {settings.device!r}: {first_line(error)}. "
                     "Use device='cpu', or a device that torch can use."
                 ) from error
+        if settings.dtype == "auto":
+            _widen(hf, name)
         model = cls(hf, tokenizer, name, settings)
         if settings.packed:
             model.pack()
@@ -394,6 +399,14 @@ def _dtype(name: str) -> str | torch.dtype:
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise InputError(f"dtype={name!r} is not supported. Use 'auto', 'bfloat16', 'float16' or 'float32'.")
     return dtype  # type: ignore[no-any-return]
+
+
+def _widen(hf: Any, name: str) -> None:
+    """Convert 16-bit weights on a CPU that has no instructions for them to float32, in place."""
+    if hf.device.type != "cpu" or getattr(hf, "hf_quantizer", None) is not None or has_fast_products(hf.dtype):
+        return
+    logger.info("kvmem: %s runs in float32, because this CPU has no fast products in %s", name, hf.dtype)
+    hf.to(torch.float32)
 
 
 def _device(name: str) -> str:

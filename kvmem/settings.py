@@ -122,7 +122,9 @@ class ModelSettings(_Frozen):
     """How a model is loaded.
 
     Attributes:
-        dtype: "auto" (the checkpoint's dtype), "bfloat16", "float16" or "float32".
+        dtype: "auto", "bfloat16", "float16" or "float32". "auto" is the checkpoint's dtype, but float32 for a 16-bit
+            checkpoint on a CPU without instructions for that dtype, where it would be several times slower. Caches
+            depend on the dtype: machines that share a store should set the same one.
         device: "auto" (CUDA if available, otherwise the CPU), or a torch device.
         device_map: Passed to transformers unchanged.
         threads: CPU threads for torch; None keeps torch's default.

@@ -49,8 +49,8 @@ def smollm2() -> LanguageModel:
 
 
 @pytest.fixture(scope="session")
-def smollm2_bf16() -> LanguageModel:
-    """SmolLM2-135M-Instruct as it is used."""
+def smollm2_default() -> LanguageModel:
+    """SmolLM2-135M-Instruct as users load it, in the dtype that suits this CPU."""
     return _smollm2("auto")
 
 

@@ -10,7 +10,7 @@ from kvmem import LanguageModel, ModelSettings
 from kvmem.pack import PackedLinear, can_pack, pack
 from kvmem.testing import tiny_model
 
-pytestmark = pytest.mark.skipif(not can_pack(), reason="this processor has no packed bfloat16 products")
+packs = pytest.mark.skipif(not can_pack(), reason="this CPU has no packed bfloat16 products")
 
 
 def save(directory: Path, **overrides: object) -> str:
@@ -25,6 +25,7 @@ def layers(model: LanguageModel, kind: type[nn.Module]) -> list[str]:
     return [name for name, module in model.hf.named_modules() if type(module) is kind]
 
 
+@packs
 @pytest.mark.parametrize("attention_bias", [False, True])
 def test_a_packed_model_says_the_same(tmp_path: Path, attention_bias: bool) -> None:
     """The same logits for any number of rows, by fewer kinds of layers, under the same fingerprint."""
@@ -44,6 +45,7 @@ def test_a_packed_model_says_the_same(tmp_path: Path, attention_bias: bool) -> N
         assert torch.allclose(ours, theirs, atol=2e-2)
 
 
+@packs
 def test_tied_weights_and_other_dtypes_stay_as_they_are(tmp_path: Path) -> None:
     """Embeddings that are also the last layer are read by both; float32 is not packed."""
     directory = save(tmp_path, tie_word_embeddings=True)
@@ -53,6 +55,7 @@ def test_tied_weights_and_other_dtypes_stay_as_they_are(tmp_path: Path) -> None:
     assert not layers(LanguageModel.load(directory, ModelSettings(dtype="float32")), PackedLinear)
 
 
+@packs
 def test_layers_of_other_classes_are_left_alone() -> None:
     """A subclass has a forward of its own."""
 
@@ -66,6 +69,19 @@ def test_layers_of_other_classes_are_left_alone() -> None:
     assert pack(module) == 0
 
 
+@pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_widens_half_precision_where_the_cpu_has_no_instructions_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, expected: torch.dtype
+) -> None:
+    """A dtype that is asked for by name is kept."""
+    directory = save(tmp_path)
+    monkeypatch.setattr("kvmem.model.has_fast_products", lambda dtype: fast or dtype == torch.float32)
+    loaded = LanguageModel.load(directory)
+    assert {parameter.dtype for parameter in loaded.hf.parameters()} == {loaded.dtype} == {expected}
+    assert LanguageModel.load(directory, ModelSettings(dtype="bfloat16")).dtype == torch.bfloat16
+
+
+@packs
 def test_a_model_that_was_handed_over_is_not_changed() -> None:
     """Only what kvmem loads is its own to pack."""
     model = tiny_model()

@@ -124,13 +124,13 @@ async def test_llama_indexs_openailike_works_unchanged(address: str, chat: bool)
         assert llm.get_tool_calls_from_response(answer)[0].tool_name == "look_up"
 
 
-def test_five_files_of_which_one_is_edited_are_hardly_read_again(smollm2_bf16: LanguageModel) -> None:
+def test_five_files_of_which_one_is_edited_are_hardly_read_again(smollm2_default: LanguageModel) -> None:
     """A coding agent that sends the same five files every turn has most of its prompt reused from the second on."""
     from kvmem.bench.serve import agent_session
 
-    app = create_app(smollm2_bf16, MemoryStore(), Settings(max_tokens=16))
+    app = create_app(smollm2_default, MemoryStore(), Settings(max_tokens=16))
     with running(app) as address:
-        turns = agent_session(f"{address}/v1", smollm2_bf16.name, turns=4)
+        turns = agent_session(f"{address}/v1", smollm2_default.name, turns=4)
     assert turns[0]["prompt"] > 3000
     for turn in turns[1:]:
         assert turn["reused"] >= 0.85 * turn["prompt"], turns

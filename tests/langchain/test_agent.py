@@ -56,7 +56,7 @@ class ToolFirst(AgentMiddleware[Any, Any]):
         return handler(request if called else request.override(tool_choice="any"))
 
 
-def test_an_agent_calls_its_tool_and_answers(smollm2_bf16: LanguageModel) -> None:
+def test_an_agent_calls_its_tool_and_answers(smollm2_default: LanguageModel) -> None:
     """The loop ends: a call with its arguments, the tool's result, and an answer in prose."""
     called: list[str] = []
 
@@ -66,7 +66,7 @@ def test_an_agent_calls_its_tool_and_answers(smollm2_bf16: LanguageModel) -> Non
         called.append(city)
         return "Sunny, 21 degrees."
 
-    with KVMem(smollm2_bf16, None) as mem:
+    with KVMem(smollm2_default, None) as mem:
         agent = create_agent(ChatKVMem(mem=mem, max_tokens=60), [get_weather], middleware=[ToolFirst()])
         question = {"messages": [("human", "How is the weather in Paris?")]}
         messages = agent.invoke(question, {"recursion_limit": 25})["messages"]  # type: ignore[call-overload]
@@ -82,9 +82,9 @@ def test_an_agent_calls_its_tool_and_answers(smollm2_bf16: LanguageModel) -> Non
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=[s["title"] for s in SCHEMAS])
-def test_structured_answers_are_valid(smollm2_bf16: LanguageModel, schema: dict[str, Any]) -> None:
+def test_structured_answers_are_valid(smollm2_default: LanguageModel, schema: dict[str, Any]) -> None:
     """Whatever is asked, every answer is JSON of the schema: nested, enumerated, a list."""
-    with KVMem(smollm2_bf16, None) as mem:
+    with KVMem(smollm2_default, None) as mem:
         model = ChatKVMem(mem=mem, max_tokens=120).with_structured_output(schema)
         for number, prompt in enumerate(PROMPTS):
             jsonschema.validate(model.invoke(prompt or f"Anything {number}."), schema)

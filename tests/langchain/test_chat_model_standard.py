@@ -34,8 +34,8 @@ class TestChatKVMemIntegration(ChatModelIntegrationTests):
 
     @pytest.fixture(autouse=True, scope="class")
     @classmethod
-    def opened(cls, smollm2_bf16: LanguageModel) -> Any:
-        with KVMem(smollm2_bf16, None) as mem:
+    def opened(cls, smollm2_default: LanguageModel) -> Any:
+        with KVMem(smollm2_default, None) as mem:
             cls.mem = mem
             yield
 

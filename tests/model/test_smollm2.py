@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import torch
 
-from kvmem import KVMem, LanguageModel, Prefill
+from kvmem import KVMem, LanguageModel, ModelSettings, Prefill
 from kvmem.attention import Step
+from kvmem.locate import locate
 
 DOCUMENTS = Path(__file__).parents[2] / "examples" / "documents"
 
@@ -107,22 +107,22 @@ def test_blending_is_nearer_to_full_prefill_than_plain_reuse(smollm2: LanguageMo
     assert total["query"] < 0.5 * total["none"]
 
 
-def test_the_second_start_is_fast_and_gives_the_same_model(smollm2_bf16: LanguageModel) -> None:
-    """The GGUF file was converted once: loading again reads safetensors, and the fingerprint is the same."""
-    began = time.perf_counter()
+def test_the_second_start_reads_safetensors_and_gives_the_same_model(smollm2_default: LanguageModel) -> None:
+    """The GGUF file is converted once."""
+    assert any(Path(locate("smollm2")).glob("*.safetensors"))
     again = LanguageModel.load("smollm2")
-    assert time.perf_counter() - began < 5
-    assert again.fingerprint == smollm2_bf16.fingerprint
+    assert again.fingerprint == smollm2_default.fingerprint
     assert again.window == 8192
-    assert again.bytes_per_token == 23_040
+    assert again.bytes_per_token == 11_520 * again.dtype.itemsize
     assert again.blendable
 
 
-def test_scoring_a_window_of_tokens_leaves_rows_finite(smollm2_bf16: LanguageModel) -> None:
+def test_scoring_a_window_of_tokens_leaves_rows_finite() -> None:
     """In bfloat16, a repair of scattered rows gives finite keys and values everywhere."""
+    model = LanguageModel.load("smollm2", ModelSettings(dtype="bfloat16"))
     ids = torch.arange(1000, 1400)
-    cache = smollm2_bf16.new_cache(400)
-    smollm2_bf16.append(ids.tolist(), cache)
+    cache = model.new_cache(400)
+    model.append(ids.tolist(), cache)
     positions = torch.arange(0, 400, 7)
-    smollm2_bf16.forward(ids[positions], cache, Step(positions))
+    model.forward(ids[positions], cache, Step(positions))
     assert all(bool(layer.keys.isfinite().all() and layer.values.isfinite().all()) for layer in cache.blended)
