@@ -23,7 +23,7 @@ demo: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy kvmem integrations tests/typing
+	$(BIN)/mypy kvmem benchmarks integrations tests/typing
 	$(BIN)/lint-imports
 
 unit: $(STAMP)

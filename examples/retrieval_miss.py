@@ -15,10 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvmem import KVMem, LanguageModel
-from kvmem.bench.common import describe, write_json
 from kvmem.compare.questions import load
 from kvmem.compare.run import run
 from kvmem.compare.score import missing
+from kvmem.measure import describe, write_json
 
 HERE = Path(__file__).parent
 DOCUMENTS = sorted((HERE / "documents").glob("*.md"))

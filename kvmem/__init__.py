@@ -6,10 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvmem.answer import Answer, Prefill, Source, Timings, Usage
     from kvmem.cancellation import Cancellation
     from kvmem.collection import Collection
-    from kvmem.document import Chunk, Document
     from kvmem.engine import KVMem
     from kvmem.errors import (
         AnswerTimeoutError,
@@ -27,22 +25,24 @@ if TYPE_CHECKING:
         UnknownMemoryError,
         UnknownThreadError,
     )
+    from kvmem.library.stats import DocumentStats, Stats
     from kvmem.memory import Memory, MemoryItem, Recalled
-    from kvmem.model import LanguageModel
+    from kvmem.model.local import LanguageModel
     from kvmem.options import GenerateOptions
-    from kvmem.plan import Plan
-    from kvmem.retrieve import BM25Retriever, HybridRetriever, Retriever
+    from kvmem.prompt.plan import Plan
+    from kvmem.prompt.tools import ToolCall
+    from kvmem.results import Answer, Prefill, Source, Timings, Usage
+    from kvmem.runtime.stream import AnswerStream
     from kvmem.settings import BlendSettings, ModelSettings, RemoteSettings, Settings, SplitSettings, StoreSettings
-    from kvmem.stats import DocumentStats, Stats
-    from kvmem.stream import AnswerStream
-    from kvmem.tools import ToolCall
+    from kvmem.text.document import Chunk, Document
+    from kvmem.text.retrieval import BM25Retriever, HybridRetriever, Retriever
 
 # Public names by module. They are loaded on first use, so that `import kvmem` loads neither torch nor transformers.
 _HOME = {
-    "kvmem.answer": ("Answer", "Prefill", "Source", "Timings", "Usage"),
+    "kvmem.results": ("Answer", "Prefill", "Source", "Timings", "Usage"),
     "kvmem.cancellation": ("Cancellation",),
     "kvmem.collection": ("Collection",),
-    "kvmem.document": ("Chunk", "Document"),
+    "kvmem.text.document": ("Chunk", "Document"),
     "kvmem.engine": ("KVMem",),
     "kvmem.errors": (
         "AnswerTimeoutError",
@@ -61,10 +61,10 @@ _HOME = {
         "UnknownThreadError",
     ),
     "kvmem.memory": ("Memory", "MemoryItem", "Recalled"),
-    "kvmem.model": ("LanguageModel",),
+    "kvmem.model.local": ("LanguageModel",),
     "kvmem.options": ("GenerateOptions",),
-    "kvmem.plan": ("Plan",),
-    "kvmem.retrieve": ("BM25Retriever", "HybridRetriever", "Retriever"),
+    "kvmem.prompt.plan": ("Plan",),
+    "kvmem.text.retrieval": ("BM25Retriever", "HybridRetriever", "Retriever"),
     "kvmem.settings": (
         "BlendSettings",
         "ModelSettings",
@@ -73,9 +73,9 @@ _HOME = {
         "SplitSettings",
         "StoreSettings",
     ),
-    "kvmem.stats": ("DocumentStats", "Stats"),
-    "kvmem.stream": ("AnswerStream",),
-    "kvmem.tools": ("ToolCall",),
+    "kvmem.library.stats": ("DocumentStats", "Stats"),
+    "kvmem.runtime.stream": ("AnswerStream",),
+    "kvmem.prompt.tools": ("ToolCall",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

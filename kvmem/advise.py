@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvmem.compose import Composer
-from kvmem.entry import Context
-from kvmem.model import LanguageModel
-from kvmem.prompt import Span
+from kvmem.blend.compose import Composer
+from kvmem.kv.entry import Context
+from kvmem.model.local import LanguageModel
+from kvmem.prompt.layout import Span
 from kvmem.settings import BlendSettings
 from kvmem.store.base import Store
 

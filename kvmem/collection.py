@@ -8,12 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvmem.cancellation import Cancellation
-from kvmem.corpus import Corpus
-from kvmem.document import Chunk, Document, Metadata, as_document, named_by_all
 from kvmem.errors import InputError
-from kvmem.library import Library, Progress
-from kvmem.prompt import Message
-from kvmem.worker import Worker
+from kvmem.ingest import Library, Progress
+from kvmem.library.corpus import Corpus
+from kvmem.prompt.layout import Message
+from kvmem.runtime.worker import Worker
+from kvmem.text.document import Chunk, Document, Metadata, as_document, named_by_all
 
 if TYPE_CHECKING:
     from kvmem.engine import KVMem
@@ -66,7 +66,7 @@ class Collection:
             id: its id; by default the document's own, the path, or a digest of the text.
             metadata: JSON; added to the document's own.
             read: whether to compute its caches now; if not, the first prompt that needs them does.
-            prompt: the messages that the documents will stand in, with `kvmem.prompt.CONTEXT` in their place; by
+            prompt: the messages that the documents will stand in, with `kvmem.prompt.layout.CONTEXT` in their place; by
                 default those of `ask`. Documents are computed behind what precedes them there.
             cancellation: ends reading early.
 

@@ -11,29 +11,29 @@ from typing import Any, Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvmem.answer import Answer, Prefill, Source
-from kvmem.any_model import AnyModel
+from kvmem.backends.open import open_backend, open_model
 from kvmem.cancellation import Cancellation
 from kvmem.collection import Collection
-from kvmem.corpus import Chunker, Corpora, DocumentFilter
-from kvmem.document import Chunk, Document, Metadata, as_document
 from kvmem.errors import InputError
-from kvmem.library import Library, Progress
-from kvmem.model import LanguageModel
-from kvmem.opening import open_backend, open_model
+from kvmem.ingest import Library, Progress
+from kvmem.library.corpus import Chunker, Corpora, DocumentFilter
+from kvmem.library.request import ContextTexts, Request, RequestBuilder, Scope, check_context, check_messages
+from kvmem.library.stats import Stats
+from kvmem.library.threads import Begun, Threads, Turn, check_name, plain_message, recut
+from kvmem.model.base import AnyModel
+from kvmem.model.local import LanguageModel
 from kvmem.options import Blend, GenerateOptions, Sampling, as_sampling
-from kvmem.plan import Plan
-from kvmem.prompt import Message, Typesetter
-from kvmem.request import ContextTexts, Request, RequestBuilder, Scope, check_context, check_messages
-from kvmem.retrieve import BM25Retriever, Retriever
+from kvmem.prompt.layout import Message, Typesetter
+from kvmem.prompt.plan import Plan
+from kvmem.prompt.tools import Tool, Toolbox
+from kvmem.results import Answer, Prefill, Source
+from kvmem.runtime.stream import AnswerStream, Listener
+from kvmem.runtime.worker import Worker
 from kvmem.settings import BlendSettings, EngineOptions, Settings
-from kvmem.stats import Stats
 from kvmem.store.base import Store
 from kvmem.store.open import open_store
-from kvmem.stream import AnswerStream, Listener
-from kvmem.thread import Begun, Threads, Turn, check_name, plain_message, recut
-from kvmem.tools import Tool, Toolbox
-from kvmem.worker import Worker
+from kvmem.text.document import Chunk, Document, Metadata, as_document
+from kvmem.text.retrieval import BM25Retriever, Retriever
 
 
 class KVMem:
@@ -558,7 +558,7 @@ class KVMem:
 
         Args:
             question: a question, or messages. Documents go to the end of the system message, or where
-                `kvmem.prompt.CONTEXT` stands in a message's content.
+                `kvmem.prompt.layout.CONTEXT` stands in a message's content.
             context: as in `ask`.
             collection: as in `ask`.
             documents: as in `ask`.

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
-from kvmem.document import Chunk, Document, Metadata, as_document
 from kvmem.engine import KVMem
 from kvmem.errors import InputError, UnknownMemoryError
-from kvmem.filters import check_filter, matches
-from kvmem.retrieve import BM25Retriever
 from kvmem.store.records import Record
+from kvmem.text.document import Chunk, Document, Metadata, as_document
+from kvmem.text.filters import check_filter, matches
+from kvmem.text.retrieval import BM25Retriever
 
 _HOUR = 3600.0
 _KIND = "memory:"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from kvmem.errors import InputError
-from kvmem.json_schema import Schema
+from kvmem.prompt.json_schema import Schema
 from kvmem.settings import BlendSettings
 
 Blend = BlendSettings | str | Mapping[str, Any] | None

@@ -23,9 +23,9 @@ class BlendSettings(_Frozen):
 
     Attributes:
         selector: Which tokens are recomputed: "query" (those the question attends to most), "deviation" (CacheBlend),
-            "first_k" (EPIC), "none" or "all". See `kvmem.select`.
+            "first_k" (EPIC), "none" or "all". See `kvmem.blend.select`.
         recompute: Fraction of the approximate tokens to recompute, in [0, 1], or "auto": the smallest fraction that the
-            model check found to be enough (see `kvmem.check`).
+            model check found to be enough (see `kvmem.backends.calibrate`).
         correction: Whether to correct the neighbours of recomputed tokens. None: on for "query", off for the other
             selectors, which are published baselines.
         reach: Distance, in tokens, over which the change of a recomputed token is carried to its neighbours.
@@ -220,7 +220,7 @@ class Settings(_Frozen):
         split: How documents are cut into chunks.
         storage: Limits and format of the store.
         remote: How a vLLM server is used.
-        system: The system prompt; None uses `kvmem.prompt.DEFAULT_SYSTEM`.
+        system: The system prompt; None uses `kvmem.prompt.layout.DEFAULT_SYSTEM`.
         max_tokens: Maximum length of an answer, in tokens. This room is kept free in the window.
         namespace: The namespace (tenant). Documents, memories, threads and entries of other namespaces are invisible.
         context_tokens: Maximum number of document tokens in a prompt; None fills the window.

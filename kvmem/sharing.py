@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import BaseModel, SecretStr
 
 from kvmem.engine import KVMem
-from kvmem.locate import is_remote
-from kvmem.model import LanguageModel
+from kvmem.model.local import LanguageModel
+from kvmem.model.locate import is_remote
 from kvmem.settings import Settings
 
 # Held for a moment only: never while an engine is opened or closed.

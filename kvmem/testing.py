@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from kvmem.entry import Context, EntryKey, KVEntry, digest_tokens
-from kvmem.model import LanguageModel
+from kvmem.kv.entry import Context, EntryKey, KVEntry, digest_tokens
+from kvmem.model.local import LanguageModel
 from kvmem.store.base import Store
 from kvmem.store.codec import encode
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from kvmem import Document, KVMem, LanguageModel
-from kvmem.local import LocalBackend
-from kvmem.worker import turns_of
+from kvmem.backends.local import LocalBackend
+from kvmem.runtime.worker import turns_of
 
 
 def open_mem(model: LanguageModel, store: Any, **settings: Any) -> KVMem:

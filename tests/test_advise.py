@@ -53,7 +53,7 @@ def test_a_machine_is_measured_and_nothing_is_left_behind(model: LanguageModel) 
 
 def test_the_command_prints_what_it_measured(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """As a table, and as JSON."""
-    from kvmem import cli
+    from kvmem.cli import main as cli
     from kvmem.testing import tiny_model
 
     monkeypatch.setattr(cli.LanguageModel, "load", lambda *_: tiny_model())

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvmem import attention
-from kvmem.attention import Step, attend
+from kvmem.kv import attention
+from kvmem.kv.attention import Step, attend
 
 MODULE = SimpleNamespace(layer_idx=1)
 

@@ -8,7 +8,7 @@ import torch
 from helpers import open_mem
 
 from kvmem import AnswerTimeoutError, Document, InputError, KVMem, LanguageModel
-from kvmem.shared import attend_shared
+from kvmem.decode.shared import attend_shared
 from kvmem.testing import tiny_model
 
 TEXTS = [

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks import fidelity, speed, task
+from benchmarks.common import load_questions
+from benchmarks.report import render
 from kvmem import BlendSettings, InputError, KVMemError, LanguageModel
-from kvmem.bench import fidelity, speed, task
-from kvmem.bench.common import bootstrap, load_questions, write_json
-from kvmem.bench.report import render
+from kvmem.measure import bootstrap, write_json
 from kvmem.testing import tiny_model
 
 

@@ -10,9 +10,9 @@ import torch
 from transformers import DynamicCache
 
 from kvmem import LanguageModel, attention
-from kvmem.attention import ATTENTION, Step
-from kvmem.cache import BlendedCache
-from kvmem.entry import Context, EntryKey, KVEntry, digest_tokens
+from kvmem.kv.attention import ATTENTION, Step
+from kvmem.kv.buffer import BlendedCache
+from kvmem.kv.entry import Context, EntryKey, KVEntry, digest_tokens
 from kvmem.testing import tiny_model
 
 IDS = torch.randint(3, 300, (60,), generator=torch.Generator().manual_seed(3))

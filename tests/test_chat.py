@@ -14,10 +14,10 @@ from tokenizers.processors import TemplateProcessing
 
 import kvmem
 from kvmem import InputError, KVMem, LanguageModel
-from kvmem.prompt import Piece, Typesetter
-from kvmem.request import without_oldest_turn
-from kvmem.split import segment
+from kvmem.library.request import without_oldest_turn
+from kvmem.prompt.layout import Piece, Typesetter
 from kvmem.testing import tiny_model
+from kvmem.text.chunking import segment
 
 SYSTEM = {"role": "system", "content": "You are terse, and you never guess. You say so when you do not know."}
 ASK = {"role": "user", "content": "Which harbour has the lighthouse with two flashes, and who keeps it today?"}

@@ -10,8 +10,8 @@ from helpers import open_mem
 
 import kvmem
 from kvmem import KVMem
-from kvmem import check as checking
-from kvmem.check import check, recall
+from kvmem.backends import calibrate as checking
+from kvmem.backends.calibrate import check, recall
 from kvmem.testing import tiny_model
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 1024}
@@ -175,7 +175,7 @@ def test_a_model_that_cannot_be_continued_in_pieces_is_refused(monkeypatch: pyte
 
 def test_a_rotation_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were keys moved the wrong way round, the check would refuse the model."""
-    from kvmem.rope import Rope
+    from kvmem.kv.rope import Rope
 
     right = Rope.move
     monkeypatch.setattr(Rope, "move", lambda self, old, new: right(self, new, old))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kvmem.cli import app
+from kvmem.cli.main import app
 
 
 def run(saved_model: str, store: Path, *arguments: str) -> tuple[int, str]:
@@ -67,8 +67,8 @@ def test_check_reports_as_a_table_and_as_json(
     saved_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`kvmem check` exits with 0 for a model that blends, and its JSON can be read."""
-    monkeypatch.setattr("kvmem.check.default_cache_dir", lambda: tmp_path)
-    monkeypatch.setattr("kvmem.check.BUDGETS", (0.5,))
+    monkeypatch.setattr("kvmem.backends.calibrate.default_cache_dir", lambda: tmp_path)
+    monkeypatch.setattr("kvmem.backends.calibrate.BUDGETS", (0.5,))
     result = CliRunner().invoke(app, ["check", saved_model])
     assert result.exit_code == 0, result.output
     assert "50% recomputed" in result.output

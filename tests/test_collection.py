@@ -13,7 +13,7 @@ import pytest
 from helpers import prompts
 
 from kvmem import ClosedError, Collection, Document, KVMem, LanguageModel, UnknownDocumentError
-from kvmem.local import LocalBackend
+from kvmem.backends.local import LocalBackend
 from kvmem.store import DiskStore, FsspecStore, MemoryStore, Store
 from kvmem.store.records import RecordView
 from kvmem.testing import tiny_model

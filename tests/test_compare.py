@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvmem import Document, InputError, LanguageModel
-from kvmem.cli import app
+from kvmem.cli.main import app
 from kvmem.compare import report, summary
 from kvmem.compare.questions import Question, generate, load
 from kvmem.compare.run import run

@@ -10,10 +10,10 @@ from helpers import FACTS, embed, facts_corpus, open_mem
 from langchain_core.documents import Document as LangChainDocument
 
 from kvmem import Document, EmptyInputError, HybridRetriever, InputError, KVMem, LanguageModel, UnknownDocumentError
-from kvmem.document import Chunk
-from kvmem.entry import digest_tokens
-from kvmem.prompt import Span, standing
+from kvmem.kv.entry import digest_tokens
+from kvmem.prompt.layout import Span, standing
 from kvmem.testing import tiny_model
+from kvmem.text.document import Chunk
 
 LINES = [
     f"Line {n} of the log says that pump {n * 37 % 101} ran for {n * 13 % 59} minutes and stopped." for n in range(95)

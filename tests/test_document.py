@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvmem import EmptyInputError, InputError
-from kvmem.document import as_document
+from kvmem.text.document import as_document
 
 
 def test_documents_are_made_from_what_users_have(tmp_path: Path) -> None:

@@ -27,10 +27,10 @@ from kvmem import (
     Prefill,
     select,
 )
-from kvmem.cache import BlendedLayer
+from kvmem.kv.buffer import BlendedLayer
+from kvmem.runtime.worker import turns_of
 from kvmem.store import MemoryStore
 from kvmem.testing import same_entry, tiny_model
-from kvmem.worker import turns_of
 
 TEXTS = [
     "The lease begins in April. The rent is due on the first day of each month, in advance.",

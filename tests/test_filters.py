@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvmem import InputError
-from kvmem.filters import check_filter, matches
+from kvmem.text.filters import check_filter, matches
 
 METADATA = {"team": "a", "year": 2024, "user": {"role": "admin", "access-level": 3}, "a.b": 1, "tags": ["x", "y"]}
 

@@ -141,7 +141,7 @@ def test_a_fingerprint_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None
     """While nothing changes, whatever the engine does."""
     model = tiny_model()
     with KVMem(model, None, max_tokens=2) as mem:
-        monkeypatch.setattr("kvmem.fingerprint.xxhash.xxh3_128", lambda: pytest.fail("the weights were hashed again"))
+        monkeypatch.setattr("kvmem.model.fingerprint.xxhash.xxh3_128", lambda: pytest.fail("hashed again"))
         mem.add("The tenant pays the rent.", id="x")
         mem.ask("Who pays?")
         mem.chat([{"role": "user", "content": "Hello"}])

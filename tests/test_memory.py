@@ -23,9 +23,9 @@ from kvmem import (
     UnknownThreadError,
     local,
 )
-from kvmem.prompt import Prompt, Span
+from kvmem.library.threads import Branch, recut
+from kvmem.prompt.layout import Prompt, Span
 from kvmem.testing import tiny_model
-from kvmem.thread import Branch, recut
 
 HELLO = [{"role": "user", "content": "Hello, who leaves at nine in the evening?"}]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kvmem import LanguageModel, ModelSettings
-from kvmem.pack import PackedLinear, can_pack, pack
+from kvmem.model.packing import PackedLinear, can_pack, pack
 from kvmem.testing import tiny_model
 
 packs = pytest.mark.skipif(not can_pack(), reason="this CPU has no packed bfloat16 products")
@@ -75,7 +75,7 @@ def test_auto_widens_half_precision_where_the_cpu_has_no_instructions_for_it(
 ) -> None:
     """A dtype that is asked for by name is kept."""
     directory = save(tmp_path)
-    monkeypatch.setattr("kvmem.model.has_fast_products", lambda dtype: fast or dtype == torch.float32)
+    monkeypatch.setattr("kvmem.model.local.has_fast_products", lambda dtype: fast or dtype == torch.float32)
     loaded = LanguageModel.load(directory)
     assert {parameter.dtype for parameter in loaded.hf.parameters()} == {loaded.dtype} == {expected}
     assert LanguageModel.load(directory, ModelSettings(dtype="bfloat16")).dtype == torch.bfloat16

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmem.document import Chunk
 from kvmem.errors import PromptTooLongError
-from kvmem.plan import Plan, make_plan
-from kvmem.retrieve import BM25Retriever
+from kvmem.prompt.plan import Plan, make_plan
+from kvmem.text.document import Chunk
+from kvmem.text.retrieval import BM25Retriever
 
 
 def plan(

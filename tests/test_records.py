@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from kvmem import ClosedError, KVMem, LanguageModel, Memory, StoreError
+from kvmem.library.threads import Threads, Turn
 from kvmem.store import DiskStore, FsspecStore, MemoryStore, Store
 from kvmem.store.records import RecordView, list_key, list_prefix
 from kvmem.testing import tiny_model
-from kvmem.thread import Threads, Turn
 from langchain_kvmem import KVMemStore
 
 OLD = Path(__file__).parent / "data" / "store-0.1.0.sql"
@@ -96,7 +96,7 @@ def test_a_store_of_an_earlier_version_is_migrated(tmp_path: Path) -> None:
 _APPENDING = """
 import sys
 from kvmem.store import DiskStore
-from kvmem.thread import Threads, Turn
+from kvmem.library.threads import Threads, Turn
 who, directory, times = sys.argv[1], sys.argv[2], int(sys.argv[3])
 store = DiskStore(directory)
 threads = Threads(store.database, "default")

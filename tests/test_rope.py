@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from kvmem.rope import Rope
+from kvmem.kv.rope import Rope
 
 INV_FREQ = 1.0 / 10_000 ** (torch.arange(0, 16, 2, dtype=torch.float64) / 16)
 

@@ -22,7 +22,7 @@ from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
 from kvmem import Answer, KVMem, LanguageModel, Timings, Usage
-from kvmem.local import LocalBackend
+from kvmem.backends.local import LocalBackend
 from langchain_kvmem import CachedContextChain
 from llama_index_kvmem import KVMemLLM, KVMemQueryEngine
 

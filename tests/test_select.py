@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmem.correct import LocalCorrection, _weigh
-from kvmem.select import SELECTORS, Candidates, _shares, select
+from kvmem.blend.correction import LocalCorrection, _weigh
+from kvmem.blend.select import SELECTORS, Candidates, _shares, select
 from kvmem.settings import BlendSettings
 from kvmem.testing import tiny_model
 

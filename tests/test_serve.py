@@ -22,7 +22,8 @@ from serving import running, serving, until_idle
 from typer.testing import CliRunner
 
 from kvmem import InputError, KVMem, LanguageModel
-from kvmem.cli import app as cli
+from kvmem.cli.main import app as cli
+from kvmem.runtime.worker import turns_of
 from kvmem.serve.app import create_app
 from kvmem.serve.gate import Gate, QueueFullError
 from kvmem.serve.job import Events
@@ -31,7 +32,6 @@ from kvmem.serve.tenants import Tenants
 from kvmem.serve.wire import ChatRequest
 from kvmem.store import DiskStore, MemoryStore
 from kvmem.testing import tiny_model
-from kvmem.worker import turns_of
 
 pytestmark = [pytest.mark.enable_socket]
 
@@ -655,7 +655,7 @@ def test_a_server_that_is_told_to_end_tells_its_clients(saved_model: str, tmp_pa
     """The command, in a process of its own: what is under way ends with an error, documents stay, the code is 0."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "kvmem.cli", "serve", "--model", saved_model, "--name", "tiny"]
+    command = [sys.executable, "-m", "kvmem.cli.main", "serve", "--model", saved_model, "--name", "tiny"]
     command += ["--store", str(tmp_path / "kv"), "--port", str(port), "--max-tokens", "4000"]
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

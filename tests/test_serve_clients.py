@@ -126,7 +126,7 @@ async def test_llama_indexs_openailike_works_unchanged(address: str, chat: bool)
 
 def test_five_files_of_which_one_is_edited_are_hardly_read_again(smollm2_default: LanguageModel) -> None:
     """A coding agent that sends the same five files every turn has most of its prompt reused from the second on."""
-    from kvmem.bench.serve import agent_session
+    from benchmarks.serve import agent_session
 
     app = create_app(smollm2_default, MemoryStore(), Settings(max_tokens=16))
     with running(app) as address:

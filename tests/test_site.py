@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmem.bench.scale import kv_bytes
+from benchmarks.scale import kv_bytes
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

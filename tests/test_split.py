@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvmem import Cancellation, ClosedError, KVMem, LanguageModel
 from kvmem.settings import SplitSettings
-from kvmem.split import KnownTexts, headings, split
+from kvmem.text.chunking import KnownTexts, headings, split
 
 SIZES = SplitSettings(minimum=10, target=30, maximum=40)
 

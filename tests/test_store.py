@@ -16,7 +16,7 @@ import torch
 from helpers import open_mem
 
 from kvmem import InputError, LanguageModel, StoreError
-from kvmem.entry import Context, EntryKey
+from kvmem.kv.entry import Context, EntryKey
 from kvmem.store import DiskStore, FsspecStore, MemoryStore, Store, TieredStore
 from kvmem.store.codec import KVDtype, encode
 from kvmem.store.files import EntryFiles

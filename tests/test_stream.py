@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from kvmem.answer import Answer
 from kvmem.cancellation import Cancellation
 from kvmem.errors import AnswerTimeoutError
-from kvmem.stream import AnswerStream
+from kvmem.results import Answer
+from kvmem.runtime.stream import AnswerStream
 
 
 class Clock:

@@ -9,7 +9,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from kvmem import KVMem, LanguageModel, Memory, cli
-from kvmem.terminal import Chat
+from kvmem.cli.chat import Chat
 from kvmem.testing import tiny_model
 
 

@@ -8,8 +8,8 @@ import pytest
 
 import kvmem
 from kvmem import KVMem
-from kvmem.json_schema import narrow
-from kvmem.tools import Toolbox
+from kvmem.prompt.json_schema import narrow
+from kvmem.prompt.tools import Toolbox
 
 WEATHER: dict[str, Any] = {
     "type": "function",

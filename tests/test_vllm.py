@@ -27,10 +27,10 @@ from kvmem import (
     RemoteError,
     RemoteSettings,
 )
-from kvmem.cli import app
+from kvmem.backends.vllm import VLLMModel
+from kvmem.cli.main import app
 from kvmem.serve.app import create_app
 from kvmem.store import MemoryStore
-from kvmem.vllm import VLLMModel
 from langchain_kvmem import CachedContextChain, ChatKVMem
 from llama_index_kvmem import KVMemLLM, KVMemQueryEngine
 

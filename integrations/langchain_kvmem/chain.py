@@ -19,11 +19,11 @@ from langchain_core.runnables.utils import AddableDict
 from pydantic import ConfigDict, PrivateAttr
 
 from kvmem import Collection, EmptyInputError, InputError, KVMem, Source
-from kvmem.answer import rank
-from kvmem.filters import check_filter, matches
+from kvmem.library.request import Request
 from kvmem.options import OPTION_NAMES, check_names
-from kvmem.prompt import CONTEXT, DEFAULT_SYSTEM
-from kvmem.request import Request
+from kvmem.prompt.layout import CONTEXT, DEFAULT_SYSTEM
+from kvmem.results import rank
+from kvmem.text.filters import check_filter, matches
 from langchain_kvmem.chat_model import PREPARED, ChatKVMem, Prepared
 from langchain_kvmem.convert import from_document, from_documents, to_documents, to_messages
 from langchain_kvmem.errors import as_langchain

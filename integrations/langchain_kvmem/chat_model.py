@@ -33,13 +33,13 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from kvmem import Answer, AnswerStream, AnswerTimeoutError, BlendSettings, InputError, KVMem, KVMemError, Settings
-from kvmem.locate import is_remote
-from kvmem.model import glance
+from kvmem.library.request import Request
+from kvmem.model.local import glance
+from kvmem.model.locate import is_remote
 from kvmem.options import OPTION_NAMES
-from kvmem.request import Request
+from kvmem.prompt.tools import Toolbox
 from kvmem.settings import EngineOptions
 from kvmem.sharing import SharedEngine
-from kvmem.tools import Toolbox
 from langchain_kvmem.convert import to_messages, to_metadata, to_usage
 from langchain_kvmem.errors import as_langchain
 

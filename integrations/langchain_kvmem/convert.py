@@ -22,7 +22,7 @@ from langchain_core.messages.ai import UsageMetadata
 
 from kvmem import Answer, InputError, Source, Usage
 from kvmem import Document as KVMemDocument
-from kvmem.document import as_document
+from kvmem.text.document import as_document
 
 logger = logging.getLogger("kvmem")
 

@@ -34,9 +34,9 @@ from langgraph.store.base import (
 )
 
 from kvmem import Chunk, Document, InputError, KVMem, KVMemError
-from kvmem.filters import matches
-from kvmem.retrieve import BM25Retriever, Retriever, as_unit_vectors
 from kvmem.store.records import Record, list_key
+from kvmem.text.filters import matches
+from kvmem.text.retrieval import BM25Retriever, Retriever, as_unit_vectors
 
 logger = logging.getLogger("kvmem")
 _KEPT_VECTORS = 100_000

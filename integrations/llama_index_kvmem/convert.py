@@ -14,7 +14,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeRelationship, No
 from llama_index.core.schema import Document as LlamaDocument
 
 from kvmem import Answer, Chunk, Document, InputError, KVMem, Source
-from kvmem.document import as_document, chosen_id
+from kvmem.text.document import as_document, chosen_id
 
 logger = logging.getLogger("kvmem")
 # In the additional_kwargs of a message that a memory block recalled: the id of the memory.

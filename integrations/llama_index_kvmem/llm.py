@@ -39,9 +39,9 @@ from llama_index.core.types import TokenAsyncGen
 from pydantic_core import from_json
 
 from kvmem import Answer, AnswerStream, BlendSettings, Document, InputError, KVMem
-from kvmem.any_model import AnyModel
+from kvmem.library.request import Request
+from kvmem.model.base import AnyModel
 from kvmem.options import OPTION_NAMES, as_sampling, check_names
-from kvmem.request import Request
 from kvmem.settings import EngineOptions
 from kvmem.sharing import SharedEngine
 from llama_index_kvmem.convert import DOCUMENT, to_message, to_raw

@@ -21,7 +21,7 @@ from llama_index.core.settings import Settings
 
 from kvmem import Collection, InputError, KVMem
 from kvmem.options import OPTION_NAMES
-from kvmem.prompt import DEFAULT_SYSTEM
+from kvmem.prompt.layout import DEFAULT_SYSTEM
 from llama_index_kvmem.convert import chunk_nodes, to_document, to_leaves
 from llama_index_kvmem.llm import KVMemLLM, check_options
 from llama_index_kvmem.scope import IndexScope, NodeSet, ScopeRetriever

@@ -15,7 +15,7 @@ from llama_index.core.vector_stores.types import MetadataFilters
 from llama_index.core.vector_stores.utils import build_metadata_filter_fn, node_to_metadata_dict
 
 from kvmem import Chunk, InputError
-from kvmem.retrieve import BM25Retriever
+from kvmem.text.retrieval import BM25Retriever
 from llama_index_kvmem.convert import to_text
 
 # Arguments of as_retriever that choose among nodes, and leave none out that would fit.

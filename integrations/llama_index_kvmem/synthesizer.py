@@ -18,8 +18,8 @@ from llama_index.core.schema import NodeWithScore
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
 from kvmem import Document, PromptTooLongError
-from kvmem.prompt import CONTEXT
-from kvmem.request import Request
+from kvmem.library.request import Request
+from kvmem.prompt.layout import CONTEXT
 from llama_index_kvmem.convert import describe, to_message
 from llama_index_kvmem.llm import PREPARED, KVMemLLM, Prepared, without_memories
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvmem.document import Document
 from kvmem.engine import KVMem
 from kvmem.errors import InputError
-from kvmem.model import LanguageModel
+from kvmem.model.local import LanguageModel
+from kvmem.text.document import Document
 
 _ASKING = "You write quiz questions. Reply with one short question that the text answers, and nothing else."
 _TASK = "Which question does the text answer?"

@@ -25,18 +25,18 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvmem.answer import Answer, Prefill, Source
-from kvmem.bench.common import Clock, agreement, along, describe, track
 from kvmem.compare.questions import Question
 from kvmem.compare.questions import generate as make_questions
 from kvmem.compare.score import contains, f1, missing
 from kvmem.compare.summary import break_even, summarise
+from kvmem.decode.generate import call_generate
 from kvmem.engine import KVMem
 from kvmem.errors import InputError, PromptTooLongError
-from kvmem.generate import call_generate
-from kvmem.model import LanguageModel
+from kvmem.library.request import Request
+from kvmem.measure import Clock, agreement, along, describe, track
+from kvmem.model.local import LanguageModel
 from kvmem.options import Sampling
-from kvmem.request import Request
+from kvmem.results import Answer, Prefill, Source
 
 WAYS = {
     "rag": "RAG, top {k}",

@@ -11,7 +11,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from kvmem.bench.common import bootstrap
+from kvmem.measure import bootstrap
 
 _NAMES = {"rag": "RAG", "full": "full prefill", "warm": "kvmem", "cached": "kvmem on RAG's chunks"}
 

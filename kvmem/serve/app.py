@@ -11,9 +11,9 @@ from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
-from kvmem.any_model import AnyModel
-from kvmem.document import as_document
 from kvmem.engine import KVMem
+from kvmem.model.base import AnyModel
+from kvmem.runtime.stream import AnswerStream
 from kvmem.serve.faults import FaultBody, install, told
 from kvmem.serve.gate import Gate
 from kvmem.serve.guard import Guard
@@ -25,7 +25,7 @@ from kvmem.serve.tenants import Tenants
 from kvmem.serve.wire import ChatRequest, CompletionRequest, DocumentRequest
 from kvmem.settings import Settings
 from kvmem.store.base import Store
-from kvmem.stream import AnswerStream
+from kvmem.text.document import as_document
 
 _FAULTS: dict[int | str, dict[str, Any]] = {
     status: {"model": FaultBody, "description": what}

@@ -12,15 +12,15 @@ from fastapi import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from kvmem.answer import Answer
 from kvmem.cancellation import Cancellation
 from kvmem.engine import KVMem
 from kvmem.errors import ClosedError
+from kvmem.results import Answer
+from kvmem.runtime.stream import AnswerStream
 from kvmem.serve.gate import Gate
 from kvmem.serve.metrics import Metrics
 from kvmem.serve.settings import ServeSettings
 from kvmem.serve.tenants import Tenants
-from kvmem.stream import AnswerStream
 
 T = TypeVar("T")
 # Extra seconds for a client to read the rest of a finished answer.

@@ -8,10 +8,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from kvmem.errors import ClosedError
-from kvmem.plan import Plan
+from kvmem.prompt.plan import Plan
+from kvmem.runtime.stream import AnswerStream
 from kvmem.serve.gate import Gate
 from kvmem.store.base import Store
-from kvmem.stream import AnswerStream
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0)
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 from uuid import uuid4
 
-from kvmem.answer import Answer
-from kvmem.document import Document
+from kvmem.results import Answer
+from kvmem.text.document import Document
 
 Kind = Literal["chat.completion", "text_completion"]
 

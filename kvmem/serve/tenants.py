@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections import Counter, OrderedDict
 
-from kvmem.any_model import AnyModel
 from kvmem.engine import KVMem
 from kvmem.errors import ClosedError
+from kvmem.model.base import AnyModel
 from kvmem.settings import Settings
 from kvmem.store.base import Store
 

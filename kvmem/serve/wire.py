@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
-from kvmem.document import Document, as_document
 from kvmem.engine import KVMem
 from kvmem.errors import InputError
+from kvmem.text.document import Document, as_document
 
 
 class _Open(BaseModel):
@@ -271,7 +271,7 @@ class CompletionRequest(_Sampled):
         if self.best_of not in (None, 1):
             raise ValueError("best_of must be 1")
         if self.kvmem.context is not None or self.kvmem.thread is not None:
-            raise ValueError("kvmem.context and kvmem.thread are only supported for chats")
+            raise ValueError("kvmem.context and kvmem.library.threads are only supported for chats")
         return self
 
     def one_prompt(self) -> str | list[int]:

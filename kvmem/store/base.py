@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from kvmem.entry import EntryInfo, EntryKey, KVEntry
+from kvmem.kv.entry import EntryInfo, EntryKey, KVEntry
 
 if TYPE_CHECKING:
     from kvmem.store.records import Database

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from kvmem.entry import FORMAT_VERSION, EntryKey, KVEntry, digest_tokens
 from kvmem.errors import InputError
+from kvmem.kv.entry import FORMAT_VERSION, EntryKey, KVEntry, digest_tokens
 
 KVDtype = Literal["native", "int8", "fp8"]
 _STORED = {"int8": (torch.int8, 127.0), "fp8": (getattr(torch, "float8_e4m3fn", None), 448.0)}

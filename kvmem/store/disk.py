@@ -18,8 +18,8 @@ from typing import Literal
 
 import xxhash
 
-from kvmem.entry import FORMAT_VERSION, EntryInfo, EntryKey, KVEntry
 from kvmem.errors import InputError, StoreError
+from kvmem.kv.entry import FORMAT_VERSION, EntryInfo, EntryKey, KVEntry
 from kvmem.store.base import Problem, StoreStats
 from kvmem.store.codec import DamagedEntryError, KVDtype, check_kv_dtype, decode, encode, key_of
 from kvmem.store.files import EntryFiles, verify_file

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvmem.entry import EntryInfo, EntryKey, KVEntry
+from kvmem.kv.entry import EntryInfo, EntryKey, KVEntry
 from kvmem.store.base import Problem, StoreStats
 from kvmem.store.limits import Limits, Policy
 from kvmem.store.records import MemoryDatabase

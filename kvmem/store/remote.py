@@ -18,8 +18,8 @@ from typing import Any
 
 import xxhash
 
-from kvmem.entry import FORMAT_VERSION, EntryInfo, EntryKey, KVEntry
 from kvmem.errors import StoreError
+from kvmem.kv.entry import FORMAT_VERSION, EntryInfo, EntryKey, KVEntry
 from kvmem.store.base import Problem, StoreStats
 from kvmem.store.codec import DamagedEntryError, KVDtype, check_kv_dtype, decode, encode
 from kvmem.store.migrate import migrate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvmem.entry import EntryInfo, EntryKey, KVEntry
+from kvmem.kv.entry import EntryInfo, EntryKey, KVEntry
 from kvmem.store.base import Problem, Store, StoreStats
 from kvmem.store.records import Database
 

@@ -6,7 +6,7 @@ import torch
 from transformers import DynamicCache
 
 from kvmem import KVMem, LanguageModel
-from kvmem.entry import EntryKey
+from kvmem.kv.entry import EntryKey
 
 DOCUMENTS = Path(__file__).parents[2] / "examples" / "documents"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from kvmem import KVMem, LanguageModel, ModelSettings, Prefill
-from kvmem.attention import Step
-from kvmem.locate import locate
+from kvmem.kv.attention import Step
+from kvmem.model.locate import locate
 
 DOCUMENTS = Path(__file__).parents[2] / "examples" / "documents"
 
@@ -59,7 +59,7 @@ def test_keys_moved_equal_keys_computed_there(smollm2: LanguageModel) -> None:
     ids = smollm2.tokenize(parts("lease.md", 1)[0], markup=False)[:80]
     cache = smollm2.new_cache(80)
     smollm2.append(ids, cache)
-    from kvmem.entry import EntryKey
+    from kvmem.kv.entry import EntryKey
 
     entry = cache.entry(EntryKey("n", "m", "c", "t"), ids, 0, ())
     moved = smollm2.new_cache(3080)

@@ -17,7 +17,7 @@ from langchain_core.documents import Document as LangChainDocument
 from llama_index.core import Document as LlamaIndexDocument
 
 from kvmem import KVMem, RemoteError
-from kvmem.locate import locate
+from kvmem.model.locate import locate
 from langchain_kvmem import CachedContextChain
 from llama_index_kvmem import KVMemQueryEngine
 

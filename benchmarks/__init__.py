@@ -1,0 +1,1 @@
+"""Benchmarks that anyone can run from a clone; not part of the package."""

@@ -1,1 +1,0 @@
-"""The benchmarks of `kvmem bench`, which anyone can run."""

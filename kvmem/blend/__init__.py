@@ -1,0 +1,1 @@
+"""Composing prompts from stored entries and repairing them."""

@@ -1,0 +1,1 @@
+"""Generating answers, alone and in batches."""

@@ -1,0 +1,238 @@
+"""Library: reads documents into the store as they come, and forgets what no document has any more."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+
+from kvmem.backends.base import Backend
+from kvmem.cancellation import NEVER, Cancellation
+from kvmem.errors import InputError, PromptTooLongError, UnknownDocumentError
+from kvmem.kv.entry import EntryKey
+from kvmem.library.corpus import Chunker, Corpora, Corpus
+from kvmem.library.request import RequestBuilder
+from kvmem.library.stats import DocumentStats, Stats
+from kvmem.prompt.layout import Message, Span, standing
+from kvmem.settings import Settings
+from kvmem.store.base import Store
+from kvmem.text.document import Document
+
+# Documents are read together up to so many characters: one forward pass each costs more than one for several, and
+# what was read before an interruption is kept.
+_TOGETHER = 8_000
+Progress = Callable[[Document, int, int], None]
+
+
+class Library:
+    """The corpora and the caches of their texts, kept in step. Changes of them wait for each other."""
+
+    def __init__(
+        self,
+        window: int,
+        store: Store,
+        corpora: Corpora,
+        chunker: Chunker,
+        backend: Backend,
+        requests: RequestBuilder,
+        settings: Settings,
+    ) -> None:
+        self._window, self._store, self._settings = window, store, settings
+        self._corpora, self._chunker = corpora, chunker
+        self._backend, self._requests = backend, requests
+        self._changing = threading.RLock()
+
+    def check(self, document: Document) -> Document:
+        """Raise InputError if it is too long."""
+        longest = self._settings.max_document_chars
+        if len(document.text) > longest:
+            raise InputError(
+                f"Document {document.id!r} has {len(document.text)} characters, more than {longest}. "
+                "Split it into several documents, or raise max_document_chars."
+            )
+        return document
+
+    def groups(self, documents: Sequence[Document]) -> Iterator[list[Document]]:
+        """Consecutive documents that are read together."""
+        group: list[Document] = []
+        for document in documents:
+            if group and sum(len(held.text) for held in group) + len(document.text) > _TOGETHER:
+                yield group
+                group = []
+            group.append(document)
+        if group:
+            yield group
+
+    def add(
+        self,
+        corpus: Corpus,
+        documents: Sequence[Document],
+        cancellation: Cancellation = NEVER,
+        read: bool = True,
+        prompt: Sequence[Message] | None = None,
+    ) -> list[Document]:
+        """Keep documents and read them; on failure the corpus is as it was. Unchanged documents cost nothing.
+
+        read: if False, the first prompt that needs them reads them.
+        prompt: the messages that they will stand in; None for those of a question.
+        """
+        with self._changing:
+            given = [self._chunker.split(document, cancellation) for document in documents]
+            olds = {new.id: corpus.find(new.id) for new in given}
+            changed = [new for new in given if olds[new.id] != new or (read and not self._has_read(new))]
+            if not changed:
+                return given
+            with self._store.database.transaction():
+                for new in changed:
+                    corpus.put(new)
+            try:
+                if read:
+                    new_ids = {new.id for new in changed if olds[new.id] is None}
+                    self._read(corpus, changed, new_ids, self._requests.before(prompt), cancellation)
+            except BaseException:
+                with self._store.database.transaction():
+                    for new in changed:
+                        corpus.undo(new, olds[new.id])
+                raise
+            for new in changed:
+                old = olds[new.id]
+                if old is not None and old != new:
+                    self._forget(old)
+            return given
+
+    def update(self, corpus: Corpus, new: Document, cancellation: Cancellation = NEVER) -> Document:
+        """Like `add`, of a document that is there. Raises UnknownDocumentError."""
+        with self._changing:
+            if corpus.find(new.id) is None:
+                raise UnknownDocumentError(f"There is no document {new.id!r} to update. add() it.")
+            return self.add(corpus, [new], cancellation)[0]
+
+    def read(self, documents: Sequence[Document], cancellation: Cancellation = NEVER) -> None:
+        """Read texts that are not of the corpus, each behind the system prompt; one that is known costs nothing."""
+        prefix = self._requests.prefix(None)
+        for document in documents:
+            new = self._chunker.split(self.check(document), cancellation)
+            if not self._has_read(new):
+                self._read_alone(prefix, self._spans(new), cancellation)
+
+    def forget_text(self, document: Document) -> None:
+        """Remove the caches of a text that is not of the corpus, unless a document has it as well."""
+        with self._changing:
+            self._forget(self._chunker.split(document))
+
+    def forget_spans(self, spans: Mapping[str, Iterable[str]]) -> None:
+        """Remove the caches of a conversation: every entry of these tokens, by fingerprint of the model, but not those
+        of the system prompt and of documents."""
+        with self._changing:
+            self._backend.release()
+            kept = {span.digest for span in self._requests.prefix(None)}
+            for corpus in self._corpora.all():
+                kept |= {span.digest for span in self._chunker.spans(corpus.chunks())}
+            for fingerprint, digests in spans.items():
+                for digest in set(digests) - kept:
+                    key = EntryKey(self._settings.namespace, fingerprint, "", digest)
+                    for info in self._store.find(key):
+                        self._store.delete(info.key)
+
+    def split(self, text: str) -> tuple[str, ...]:
+        """The chunks that a text is cut into."""
+        return self._chunker.split(Document("", text)).chunks
+
+    def remove(self, corpus: Corpus, document_ids: Sequence[str]) -> None:
+        """Raises UnknownDocumentError; nothing is removed then."""
+        with self._changing:
+            removed = [corpus.get(document_id) for document_id in dict.fromkeys(document_ids)]
+            try:
+                with self._store.database.transaction():
+                    for document in removed:
+                        if not corpus.delete(document.id):
+                            raise LookupError(document.id)
+            except LookupError as gone:  # another process was faster
+                raise corpus.unknown(str(gone)) from None
+            for document in removed:
+                self._forget(document)
+
+    def keep_only(self, corpus: Corpus, document_ids: Container[str]) -> None:
+        """Remove all documents but these."""
+        with self._changing:
+            removed = [document for document in corpus if document.id not in document_ids]
+            for document in removed:
+                corpus.delete(document.id)
+            for document in removed:
+                self._forget(document)
+
+    def clear(self) -> None:
+        """Remove every document, also those of collections, and every cache of the namespace."""
+        with self._changing:
+            for corpus in self._corpora.all():
+                corpus.clear()
+            self._backend.release()
+            self._store.clear(self._settings.namespace)
+
+    def forget_namespace(self, namespace: str) -> int:
+        """Remove every byte of a namespace; the number of entries. Raises StoreError."""
+        with self._changing:
+            self._backend.release()
+            self._corpora.release()
+            self._store.database.forget(namespace)
+            removed = self._store.clear(namespace)
+            self._store.scrub(namespace)
+            return removed
+
+    def stats(self, corpus: Corpus) -> Stats:
+        rows = tuple(self._document_stats(document) for document in corpus)
+        chunks, tokens = sum(row.chunks for row in rows), sum(row.tokens for row in rows)
+        return Stats(len(rows), chunks, tokens, self._store.stats(self._settings.namespace), rows)
+
+    def _document_stats(self, document: Document) -> DocumentStats:
+        spans = self._spans(document)
+        infos = [info for span in {span.digest: span for span in spans}.values() for info in self._backend.known(span)]
+        size = sum(info.nbytes for info in infos)
+        return DocumentStats(document.id, len(spans), sum(map(len, spans)), len(infos), size)
+
+    def _has_read(self, document: Document) -> bool:
+        return all(self._backend.has_read(span) for span in self._spans(document))
+
+    def _spans(self, document: Document) -> Sequence[Span]:
+        return self._chunker.spans(self._chunker.chunks_of(document))
+
+    def _read(
+        self,
+        corpus: Corpus,
+        documents: Sequence[Document],
+        new: set[str],
+        prefix: Sequence[Span],
+        cancellation: Cancellation,
+    ) -> None:
+        """Bring documents into the store: in place behind the corpus while that fits the window.
+
+        new: the ids of those that were not there before. They are read in place even where their text was read in
+        another context, so that a prompt of the whole corpus is exact.
+        """
+        room = self._window - sum(map(len, prefix)) - self._settings.max_tokens
+        every = corpus.select(None)
+        if sum(every.sizes) <= room:
+            self._backend.read([*prefix, *self._chunker.spans(every.chunks)], cancellation, frozenset(new))
+            return
+        for document in documents:
+            self._read_alone(prefix, self._spans(document), cancellation)
+
+    def _read_alone(self, prefix: Sequence[Span], spans: Sequence[Span], cancellation: Cancellation) -> None:
+        """Read consecutive chunks behind the prefix, as many at a time as fit the window. Raises PromptTooLongError."""
+        before = sum(map(len, prefix))
+        run: list[Span] = []
+        for span in spans:
+            if before + len(span) > self._window:
+                raise PromptTooLongError(
+                    f"A chunk of {len(span)} tokens does not fit the model's window of {self._window}. "
+                    "Give smaller chunks, or let kvmem split the text."
+                )
+            if run and before + sum(map(len, run)) + len(span) > self._window:
+                self._backend.read([*prefix, *run], cancellation)
+                run = []
+            run.append(span)
+        self._backend.read([*prefix, *run], cancellation)
+
+    def _forget(self, document: Document) -> None:
+        for chunk in self._chunker.chunks_of(document):
+            if not self._corpora.is_used(standing(chunk.heading + chunk.text)):
+                self._backend.forget(self._chunker.spans([chunk])[0])

@@ -1,0 +1,1 @@
+"""Keys and values: rotation, entries, attention over a buffer."""

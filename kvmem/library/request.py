@@ -1,0 +1,347 @@
+"""Validate messages and turn them into a planned prompt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kvmem.cancellation import NEVER, Cancellation
+from kvmem.errors import EmptyInputError, InputError, PromptTooLongError
+from kvmem.library.corpus import Chunker, Corpus, DocumentFilter, Selection
+from kvmem.model.base import AnyModel
+from kvmem.prompt.layout import CONTEXT, DEFAULT_SYSTEM, Layout, Message, Piece, Prompt, Span, Typesetter, as_pieces
+from kvmem.prompt.plan import Plan, make_plan
+from kvmem.results import Source
+from kvmem.settings import Settings
+from kvmem.text.document import Chunk, Document, as_document, check_text
+from kvmem.text.retrieval import BM25Retriever, Retriever
+
+ContextTexts = Iterable[Any] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A validated question with its planned prompt. started, prepared: `time.perf_counter()` seconds."""
+
+    started: float
+    prompt: Prompt
+    plan: Plan
+    sources: tuple[Source, ...]
+    prepared: float
+    conversation: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """The texts from which a prompt is answered.
+
+    Attributes:
+        corpus: The documents of a collection.
+        documents: Ids of the documents to use, or a filter over their metadata; None uses all documents.
+        context: Texts, documents or sources to use instead of the corpus; None uses the corpus.
+        retriever: Chooses chunks if they do not all fit; None uses the engine's retriever.
+    """
+
+    corpus: Corpus
+    documents: DocumentFilter | None = None
+    context: ContextTexts = None
+    retriever: Retriever | None = None
+
+
+class RequestBuilder:
+    """Builds requests. arrange, reorders: see `Backend`."""
+
+    def __init__(
+        self,
+        model: AnyModel,
+        chunker: Chunker,
+        typesetter: Typesetter,
+        retriever: Retriever,
+        arrange: Callable[[Sequence[Span], Sequence[Sequence[Span]]], Sequence[int]],
+        settings: Settings,
+        reorders: bool = False,
+    ) -> None:
+        self._reorders = reorders
+        self._model, self._chunker, self._retriever, self._settings = model, chunker, retriever, settings
+        self._typesetter, self._arranged = typesetter, arrange
+        # Ranks sources where no retriever was asked.
+        self._words = BM25Retriever()
+
+    def prefix(self, system: str | None) -> tuple[Span, ...]:
+        """The spans before the documents; `system=None` uses the system prompt of the settings."""
+        return prefix_of(self._typesetter, self._system(system))
+
+    def before(self, messages: Sequence[Message] | None) -> tuple[Span, ...]:
+        """What precedes the documents in these messages, which mark their place by CONTEXT; None is a question."""
+        return self.prefix(None) if messages is None else self._typesetter.lay_out(messages).before
+
+    def for_question(
+        self,
+        started: float,
+        question: str,
+        scope: Scope,
+        system: str | None,
+        answer_tokens: int,
+        cancellation: Cancellation = NEVER,
+    ) -> Request:
+        """A request to answer a question from the scope."""
+        self._check_question(question)
+        selection = self._select(scope, cancellation)
+        if not selection.chunks:
+            raise EmptyInputError(self._nothing(scope))
+        messages = self._question(question, system)
+        return self._build(started, messages, question, selection, answer_tokens, None, scope.retriever, cancellation)
+
+    def _select(self, scope: Scope, cancellation: Cancellation) -> Selection:
+        if scope.context is None:
+            return scope.corpus.select(scope.documents)
+        if scope.documents is not None:
+            raise InputError("context and documents cannot be combined. Give one of them.")
+        return self.select_context(scope.context, scope.corpus, cancellation)
+
+    def _nothing(self, scope: Scope) -> str:
+        if scope.context is None and scope.documents is not None and len(scope.corpus):
+            return "There is nothing to answer from: no document matches documents=. Change the filter or the ids."
+        return (
+            "There is nothing to answer from: the corpus is empty. Call add() with a document first, "
+            "or pass texts as context=[...]."
+        )
+
+    def retrieve(self, question: str, k: int, scope: Scope) -> tuple[Source, ...]:
+        """The `k` best chunks in the scope, best first."""
+        self._check_question(question)
+        if k < 1:
+            raise InputError(f"k must be at least 1, not {k}.")
+        chunks = self._select(scope, NEVER).chunks
+        scores = (scope.retriever or self._retriever).score(question, chunks)
+        best = sorted(range(len(chunks)), key=lambda i: (-scores[i], i))[:k]
+        found = ((chunks[i], scores[i]) for i in best if scores[i] > 0)
+        return tuple(_source(chunk, score) for chunk, score in found)
+
+    def for_messages(
+        self,
+        started: float,
+        messages: Sequence[Message],
+        scope: Scope | None,
+        answer_tokens: int,
+        tools: Sequence[Mapping[str, Any]] | None,
+        cancellation: Cancellation = NEVER,
+        search: str | None = None,
+    ) -> Request:
+        """A request to continue a conversation; the chunks in the scope are added to the end of its system message.
+
+        A conversation without a system message gets the system prompt of the settings, if there is one.
+        """
+        checked = check_messages(messages)
+        asked = search or next((text for m in reversed(checked) if (text := text_of(m))), "")
+        if not asked:
+            raise EmptyInputError("The messages have no text. Give at least one message with text.")
+        selection = Selection([], []) if scope is None else self._select(scope, cancellation)
+        if selection.chunks:
+            checked = self._with_context(checked)
+        elif self._settings.system is not None and checked[0]["role"] != "system":
+            checked = [{"role": "system", "content": self._settings.system}, *checked]
+        retriever = None if scope is None else scope.retriever
+        return self._build(
+            started, checked, asked, selection, answer_tokens, tools, retriever, cancellation, conversation=True
+        )
+
+    def for_raw(self, started: float, prompt: str | Sequence[int], answer_tokens: int) -> Request:
+        """A request to continue a raw prompt."""
+        if isinstance(prompt, str):
+            check_text(prompt, "The prompt")
+        elif not isinstance(prompt, Sequence):
+            raise InputError(f"The prompt is of type {type(prompt).__name__}. Give a str, or a list of token ids.")
+        elif not all(isinstance(token, int) and 0 <= token < self._model.vocabulary for token in prompt):
+            raise InputError(
+                f"The prompt is not a list of token ids in [0, {self._model.vocabulary}). Use this model's tokenizer."
+            )
+        if not prompt:
+            raise EmptyInputError("The prompt is empty. Give a text or token ids.")
+        self._check_size(len(prompt) if isinstance(prompt, str) else 0)
+        layout = self._typesetter.lay_out_raw(prompt)
+        plan = make_plan(
+            prefix=0, chunks=(), query=layout.tokens, answer=answer_tokens, window=self._model.window, scores=tuple
+        )
+        return Request(started, Prompt(layout.after, layout.query), plan, (), time.perf_counter())
+
+    def _check_question(self, question: str) -> None:
+        if not isinstance(question, str):
+            raise InputError(f"The question is of type {type(question).__name__}. Give a str.")
+        check_text(question, "The question")
+        if not question.strip():
+            raise EmptyInputError("The question is empty. Ask something.")
+
+    def _question(self, question: str, system: str | None) -> list[Message]:
+        return _ask(question, self._system(system))
+
+    def _system(self, system: str | None) -> str:
+        return next(s for s in (system, self._settings.system, DEFAULT_SYSTEM) if s is not None)
+
+    def _with_context(self, messages: list[Message]) -> list[Message]:
+        if any(piece is CONTEXT for message in messages for piece in as_pieces(message.get("content"))):
+            return messages
+        if messages[0]["role"] != "system":
+            return [{"role": "system", "content": [self._system(None) + "\n\n", CONTEXT]}, *messages]
+        # Joined with the text before it, as in `_question`, because a token may cross the boundary.
+        *pieces, last = as_pieces(messages[0]["content"]) or [Piece("")]
+        ending = [Piece(last.text + "\n\n")] if last.document is None else [last, Piece("\n\n")]
+        content = [*pieces, *ending, CONTEXT]
+        return [{**messages[0], "content": content}, *messages[1:]]
+
+    def _build(
+        self,
+        started: float,
+        messages: list[Message],
+        question: str,
+        selection: Selection,
+        answer_tokens: int,
+        tools: Sequence[Mapping[str, Any]] | None,
+        retriever: Retriever | None,
+        cancellation: Cancellation,
+        conversation: bool = False,
+    ) -> Request:
+        chunks, sizes = selection.chunks, selection.sizes
+        layout, dropped = self._trim(messages, sum(sizes), answer_tokens, tools, cancellation)
+        ranking = retriever or self._retriever
+        scores: list[float] = []
+
+        def score() -> Sequence[float]:
+            scores.extend(ranking.score(question, chunks))
+            return scores
+
+        before = sum(map(len, layout.before))
+        plan = make_plan(
+            prefix=before,
+            chunks=sizes,
+            query=layout.tokens - before,
+            answer=answer_tokens,
+            window=self._model.window,
+            scores=score,
+            documents=[c.document_id for c in chunks] if getattr(ranking, "comparable", False) else None,
+            limit=self._settings.context_tokens,
+        )
+        spans = dict(zip(plan.chunks, self._chunker.spans([chunks[i] for i in plan.chunks]), strict=True))
+        if plan.mode != "whole" or self._reorders:
+            plan = replace(plan, chunks=self._arrange(layout, plan.chunks, spans))
+        if dropped:
+            reason = f"{plan.reason}; the oldest {dropped} messages were left out because they did not fit"
+            plan = replace(plan, reason=reason, dropped=dropped)
+        relevance = scores or self._words.score(question, chunks)
+        sources = tuple(_source(chunks[i], relevance[i]) for i in plan.chunks)
+        prompt = Prompt((*layout.before, *(spans[i] for i in plan.chunks), *layout.after), layout.query)
+        return Request(started, prompt, plan, sources, time.perf_counter(), conversation)
+
+    def _arrange(self, layout: Layout, chunks: Sequence[int], spans: Mapping[int, Span]) -> tuple[int, ...]:
+        """Order the documents so that more of the prompt is exact; chunks of a document stay together and in order."""
+        groups: dict[str | None, list[int]] = {}
+        for index in chunks:
+            groups.setdefault(spans[index].document, []).append(index)
+        kept = list(groups.values())
+        order = self._arranged(layout.before, [[spans[i] for i in group] for group in kept])
+        return tuple(index for number in order for index in kept[number])
+
+    def _trim(
+        self,
+        messages: list[Message],
+        context: int,
+        answer: int,
+        tools: Sequence[Mapping[str, Any]] | None,
+        cancellation: Cancellation,
+    ) -> tuple[Layout, int]:
+        """Leave out the oldest turns until the rest fits next to the answer and a quarter window of context.
+
+        Returns the layout and the number of messages left out.
+        """
+        kept = messages
+        while self._model.is_beyond_window(_characters(kept)) and (shorter := without_oldest_turn(kept)):
+            kept = shorter
+        self._check_size(_characters(kept))
+        room = self._model.window - answer - min(context, self._model.window // 4)
+        while True:
+            cancellation.check()
+            layout = self._typesetter.lay_out(kept, tools, cancellation)
+            if layout.tokens <= room or (shorter := without_oldest_turn(kept)) is None:
+                return layout, len(messages) - len(kept)
+            kept = shorter
+
+    def _check_size(self, characters: int) -> None:
+        """Raise PromptTooLongError if the prompt is obviously too long, without tokenising it."""
+        if self._model.is_beyond_window(characters):
+            raise PromptTooLongError(
+                f"The prompt has {characters} characters, more than the model's window of {self._model.window} tokens "
+                "can hold. Shorten it, pass long text as context, or add() it."
+            )
+
+    def select_context(self, context: Iterable[Any], corpus: Corpus, cancellation: Cancellation) -> Selection:
+        """The chunks of `context`: texts or documents outside the corpus, or sources that `retrieve` found in it."""
+        chunks: list[Chunk] = []
+        known: dict[tuple[str, int, str], Chunk] = {}
+        for item in check_context(context):
+            if not isinstance(item, Source):
+                chunks += self._chunker.chunks_of(self._chunker.split(as_document(item), cancellation))
+                continue
+            known = known or {(c.document_id, c.index, c.text): c for c in corpus.chunks()}
+            chunk = known.get((item.document_id, item.index, item.text))
+            if chunk is None:
+                raise InputError(
+                    f"Chunk {item.index} of document {item.document_id!r} is no longer in the corpus. "
+                    "Call retrieve() again, or give the text."
+                )
+            chunks.append(chunk)
+        return Selection(chunks, self._chunker.sizes(chunks))
+
+
+def _source(chunk: Chunk, score: float | None) -> Source:
+    return Source(chunk.document_id, chunk.index, chunk.text, deepcopy(chunk.metadata), score)
+
+
+def prefix_of(typesetter: Typesetter, system: str) -> tuple[Span, ...]:
+    """The spans before the documents of a question."""
+    return typesetter.lay_out(_ask("?", system)).before
+
+
+def _ask(question: str, system: str) -> list[Message]:
+    return [{"role": "system", "content": [system + "\n\n", CONTEXT]}, {"role": "user", "content": question}]
+
+
+def check_context(context: Iterable[Any]) -> Iterable[Any]:
+    """Return `context` if it is a collection of texts or documents. Raises InputError."""
+    if isinstance(context, (str, bytes, Document)) or not isinstance(context, Iterable):
+        raise InputError(f"context is a single {type(context).__name__}. Give a list of texts or documents.")
+    return context
+
+
+def check_messages(messages: Sequence[Message]) -> list[Message]:
+    """The messages as a list, if they are valid. Raises InputError, EmptyInputError."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise InputError('messages is not a list. Give [{"role": "user", "content": "..."}].')
+    checked = list(messages)
+    if not checked:
+        raise EmptyInputError('The list of messages is empty. Give [{"role": "user", "content": "..."}].')
+    for message in checked:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InputError(f'{message!r} is not a message. Give {{"role": "user", "content": "..."}}.')
+        check_text(text_of(message), "A message")
+    return checked
+
+
+def text_of(message: Message) -> str:
+    return "".join(piece.text for piece in as_pieces(message.get("content")))
+
+
+def _characters(messages: Sequence[Message]) -> int:
+    return sum(len(text_of(message)) for message in messages)
+
+
+def without_oldest_turn(messages: list[Message]) -> list[Message] | None:
+    """`messages` without the oldest turn; None if only the last turn is left.
+
+    Removes everything from the first non-system message up to the next user message.
+    """
+    head = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    following = next((i for i in range(head + 1, len(messages)) if messages[i]["role"] == "user"), None)
+    return None if following is None else [*messages[:head], *messages[following:]]

@@ -1,0 +1,1 @@
+"""A language model, its tokenizer and the structure of its cache."""

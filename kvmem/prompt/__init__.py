@@ -1,0 +1,1 @@
+"""What the model reads: layout, plan, tools and answers by schema."""

@@ -1,0 +1,221 @@
+"""Prompts: messages, rendered with the model's own chat template and cut into spans.
+
+Each span is tokenised separately, so a text has the same ids wherever it stands. The texts of messages are plain text:
+template markup inside them is not interpreted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+from kvmem.cancellation import NEVER, Cancellation
+from kvmem.errors import InputError, ModelError
+from kvmem.kv.entry import digest_tokens
+from kvmem.model.base import AnyModel
+from kvmem.text.chunking import KnownTexts, segment
+
+DEFAULT_SYSTEM = "You answer questions about the documents below. Answer briefly, using only what they say."
+Message = Mapping[str, Any]
+# Minimum length of a message span, in tokens. Shorter ones save less than it costs to store them.
+SMALLEST_SPAN = 48
+# Prompts given as token ids are cut into blocks of this many tokens.
+RAW_BLOCK = 128
+_MARK = "\u241f"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive tokens of a prompt that are cached as a unit. document: id of the document it belongs to, if any."""
+
+    token_ids: tuple[int, ...]
+    document: str | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        return digest_tokens(self.token_ids)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A whole prompt: the spans, then the query, which is always computed."""
+
+    spans: tuple[Span, ...]
+    query: tuple[int, ...]
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token for span in self.spans for token in span.token_ids] + list(self.query)
+
+    @property
+    def said(self) -> frozenset[str]:
+        """Digests of the spans that do not belong to documents."""
+        return frozenset(span.digest for span in self.spans if span.document is None)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a rendered prompt.
+
+    Attributes:
+        text: The text.
+        markup: Whether it is template markup, in which special tokens are interpreted.
+        document: Id of the document, if the piece is a chunk; it then becomes a span of its own.
+    """
+
+    text: str
+    markup: bool = False
+    document: str | None = None
+
+
+CONTEXT = Piece("")
+"""Placeholder for the documents."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A prompt without its documents: the spans before and after them, and the query."""
+
+    before: tuple[Span, ...]
+    after: tuple[Span, ...]
+    query: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.before)) + sum(map(len, self.after)) + len(self.query)
+
+
+class Typesetter:
+    """Lays out messages for one model."""
+
+    def __init__(self, model: AnyModel) -> None:
+        self._model = model
+        self._tokenize = lru_cache(4096)(lambda text, markup: model.tokenize(text, markup=markup))
+        self._segments = KnownTexts(lambda text, count: segment(text, count, SMALLEST_SPAN), model.count_all)
+
+    def lay_out(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        cancellation: Cancellation = NEVER,
+    ) -> Layout:
+        """Render `messages` and cut them into spans. Message content is a text, or a sequence of texts and `Piece`s.
+
+        Long texts are cut at content-defined boundaries, so that a known text is recognised even if the text around it
+        has changed. The query is the end of the last message and the markup after it.
+        """
+        pieces = self._render(messages, tools)
+        texts = [i for i, piece in enumerate(pieces) if not piece.markup and piece.document is None and piece.text]
+        spans: list[Span] = []
+        current: list[int] = []
+        split_at: int | None = None
+
+        def close() -> None:
+            if current:
+                spans.append(Span(tuple(current)))
+                current.clear()
+
+        for number, piece in enumerate(pieces):
+            if piece is CONTEXT or piece.document is not None:
+                close()
+            if piece is CONTEXT:
+                if self._model.separator:
+                    spans.append(Span(self._model.separator))
+                split_at = len(spans)
+            elif piece.document is not None:
+                spans.append(self.chunk(piece.text, piece.document))
+            elif piece.markup:
+                current += self._tokenize(piece.text, True)
+            else:
+                parts = self._segments(piece.text, cancellation)
+                for index, part in enumerate(parts):
+                    ids = self._tokenize(part, False)
+                    # The system message stays with the template's head, which is too short to be a span.
+                    at_head = number <= 1 and index == 0 and messages[0]["role"] == "system"
+                    if len(ids) >= SMALLEST_SPAN and not at_head:
+                        close()
+                    current += ids
+                    last = number == texts[-1] and index + 1 == len(parts)
+                    if len(current) >= SMALLEST_SPAN and not last:
+                        close()
+        edge = len(spans) if split_at is None else split_at
+        return Layout(tuple(spans[:edge]), tuple(spans[edge:]), tuple(current))
+
+    def release(self) -> None:
+        """Clear the in-memory caches."""
+        self._tokenize.cache_clear()
+        self._segments.clear()
+
+    def lay_out_raw(self, prompt: str | Sequence[int]) -> Layout:
+        """Lay out a raw prompt, without the template: a text, in which special tokens are interpreted, or token ids."""
+        if not isinstance(prompt, str):
+            parts = [tuple(prompt[i : i + RAW_BLOCK]) for i in range(0, len(prompt), RAW_BLOCK)]
+        else:
+            parts = [self._tokenize(part, True) for part in self._segments(prompt)]
+            begin = self._model.begin
+            if parts[0][: len(begin)] != begin:
+                parts[0] = begin + parts[0]
+        return Layout((), tuple(Span(part) for part in parts[:-1]), parts[-1])
+
+    def chunk(self, text: str, document: str) -> Span:
+        """A chunk as it stands in every prompt: its text, a blank line, and the chunk separator."""
+        return self.chunks([(text, document)])[0]
+
+    def chunks(self, texts: Sequence[tuple[str, str]]) -> list[Span]:
+        """Like `chunk`, for several pairs of text and document id."""
+        found = self._model.tokenize_all([standing(text) for text, _ in texts], markup=False)
+        return [Span((*ids, *self._model.separator), document) for ids, (_, document) in zip(found, texts, strict=True)]
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[Piece]:
+        """The template's markup and the messages' texts, in order."""
+        contents: list[Piece] = []
+        marked = []
+        for message in messages:
+            text = ""
+            for part in as_pieces(message.get("content")):
+                if part.text or part is CONTEXT:
+                    text += f"{_MARK}{len(contents)}{_MARK}"
+                    contents.append(part)
+            marked.append({**message, "content": text})
+        parts = re.split(f"{_MARK}(\\d+){_MARK}", self._model.render(marked, tools))
+        if [int(n) for n in parts[1::2]] != list(range(len(contents))):
+            raise ModelError(
+                f"The chat template of {self._model.name!r} does not render the text of every message exactly once and "
+                "in order. Set another tokenizer.chat_template."
+            )
+        pieces = [Piece(parts[0], markup=True)]
+        for number, text in zip(parts[1::2], parts[2::2], strict=True):
+            pieces += [contents[int(number)], Piece(text, markup=True)]
+        return [piece for piece in pieces if piece.text or piece is CONTEXT]
+
+
+def as_pieces(content: Any) -> list[Piece]:
+    """The content of a message as pieces. Raises InputError."""
+    if content is None:
+        return []
+    if isinstance(content, (str, Piece)):
+        content = [content]
+    if not isinstance(content, Iterable):
+        raise InputError(f"The content of a message is of type {type(content).__name__}. Give a str.")
+    pieces = []
+    for part in content:
+        if isinstance(part, str):
+            pieces.append(Piece(part))
+        elif isinstance(part, Piece):
+            pieces.append(part)
+        elif isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+            pieces.append(Piece(part["text"]))
+        else:
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise InputError(f"A message has content of type {kind!r}, but kvmem only reads text. Give text.")
+    return pieces
+
+
+def standing(text: str) -> str:
+    return text.strip("\n") + "\n\n"

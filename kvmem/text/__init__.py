@@ -1,0 +1,1 @@
+"""What is answered from: documents, loaders, chunks, filters and retrieval."""
