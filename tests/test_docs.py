@@ -27,7 +27,8 @@ COMMANDS = [
 ]
 EXAMPLES = sorted(p.name for p in (ROOT / "examples").glob("*.py") if p.name != "demo.py")
 
-PAGES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md") if "```python" in p.read_text())
+WRITTEN = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "integrations").glob("*/README.md")]
+PAGES = sorted(str(p.relative_to(ROOT)) for p in WRITTEN if "```python" in p.read_text())
 
 pytestmark = pytest.mark.model
 

@@ -1,4 +1,4 @@
-"""LangChain's own suites for chat models, inherited."""
+"""LangChain's own integration suite for chat models, inherited."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
 from langchain_tests.integration_tests import ChatModelIntegrationTests
-from langchain_tests.unit_tests import ChatModelUnitTests
 
 from kvmem import KVMem, LanguageModel
 from langchain_kvmem import ChatKVMem
@@ -16,19 +15,6 @@ from langchain_kvmem import ChatKVMem
 UsageDetail = Literal["audio_input", "audio_output", "reasoning_output", "cache_read_input", "cache_creation_input"]
 
 
-class TestChatKVMemUnit(ChatModelUnitTests):
-    """Nothing is loaded: the engine opens with the first call."""
-
-    @property
-    def chat_model_class(self) -> type[BaseChatModel]:
-        return ChatKVMem
-
-    @property
-    def chat_model_params(self) -> dict[str, Any]:
-        return {"model": "smollm2"}
-
-
-@pytest.mark.model
 class TestChatKVMemIntegration(ChatModelIntegrationTests):
     """SmolLM2-135M-Instruct answers; one engine serves all tests."""
 

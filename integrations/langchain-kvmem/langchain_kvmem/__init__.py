@@ -33,4 +33,6 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_HOME[name]), name)
     except ImportError as error:
-        raise ImportError(f"{name} needs langgraph and langchain: pip install 'kvmem[agents]'. ({error})") from error
+        raise ImportError(
+            f"{name} needs langgraph and langchain: pip install 'langchain-kvmem[agents]'. ({error})"
+        ) from error

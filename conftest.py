@@ -17,9 +17,9 @@ from kvmem.testing import tiny_model
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in tests/model runs real weights."""
+    """Everything in these folders runs real weights."""
     for item in items:
-        if item.path.parent.name == "model":
+        if item.path.parent.name in ("model", "integration_tests"):
             item.add_marker(pytest.mark.model)
 
 
