@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kvmem.library.stats import DocumentStats, Stats
     from kvmem.memory import Memory, MemoryItem, Recalled
     from kvmem.model.local import LanguageModel
-    from kvmem.options import GenerateOptions
+    from kvmem.options import AskOptions, GenerateOptions, ScopeOptions
     from kvmem.prompt.plan import Plan
     from kvmem.prompt.tools import ToolCall
     from kvmem.results import Answer, Prefill, Source, Timings, Usage
@@ -62,7 +62,7 @@ _HOME = {
     ),
     "kvmem.memory": ("Memory", "MemoryItem", "Recalled"),
     "kvmem.model.local": ("LanguageModel",),
-    "kvmem.options": ("GenerateOptions",),
+    "kvmem.options": ("AskOptions", "GenerateOptions", "ScopeOptions"),
     "kvmem.prompt.plan": ("Plan",),
     "kvmem.text.retrieval": ("BM25Retriever", "HybridRetriever", "Retriever"),
     "kvmem.settings": (
@@ -84,6 +84,7 @@ __all__ = [
     "Answer",
     "AnswerStream",
     "AnswerTimeoutError",
+    "AskOptions",
     "BM25Retriever",
     "BlendSettings",
     "Cancellation",
@@ -112,6 +113,7 @@ __all__ = [
     "RemoteError",
     "RemoteSettings",
     "Retriever",
+    "ScopeOptions",
     "Settings",
     "Source",
     "SplitSettings",

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from kvmem.errors import InputError
 from kvmem.prompt.json_schema import Schema
 from kvmem.settings import BlendSettings
+
+if TYPE_CHECKING:
+    from kvmem.collection import Collection
+    from kvmem.library.corpus import DocumentFilter
+    from kvmem.library.request import ContextTexts
+    from kvmem.text.retrieval import Retriever
 
 Blend = BlendSettings | str | Mapping[str, Any] | None
 
@@ -45,7 +51,30 @@ class GenerateOptions(TypedDict, total=False):
     generate_kwargs: Mapping[str, Any] | None
 
 
-OPTION_NAMES = frozenset(GenerateOptions.__annotations__)
+class ScopeOptions(TypedDict, total=False):
+    """Keyword arguments that say which texts to answer from. None is the same as leaving one out.
+
+    Attributes:
+        context: Texts or documents, as in `KVMem.add`, to answer from instead of the engine's documents; they are
+            cached, and not added. Or sources, as `KVMem.retrieve` and `Answer.sources` have them.
+        collection: Answer from this collection instead of the engine's own documents; an object or a name.
+        documents: Answer from these documents only: their ids, or a filter over their metadata such as
+            `{"tenant": "a", "year": {"$gte": 2024}}`.
+        retriever: Chooses chunks if they do not all fit, instead of the engine's retriever.
+    """
+
+    context: ContextTexts
+    collection: Collection | str | None
+    documents: DocumentFilter | None
+    retriever: Retriever | None
+
+
+class AskOptions(GenerateOptions, ScopeOptions, total=False):
+    """Keyword arguments of a question: `GenerateOptions` and `ScopeOptions`."""
+
+
+SCOPE_NAMES = frozenset(ScopeOptions.__annotations__)
+OPTION_NAMES = frozenset(GenerateOptions.__annotations__) - SCOPE_NAMES
 
 _RESERVED = {
     "max_new_tokens": "Use max_tokens.",
@@ -135,6 +164,14 @@ def check_names(options: Mapping[str, Any], known: frozenset[str] = OPTION_NAMES
             f"{name!r} is not an option. Options are: {', '.join(sorted(known))}. "
             "Other arguments of transformers' generate go into generate_kwargs."
         )
+
+
+def split_options(options: AskOptions) -> tuple[ScopeOptions, GenerateOptions]:
+    """The two kinds of options apart. Raises InputError for an option that does not exist."""
+    check_names(options, OPTION_NAMES | SCOPE_NAMES)
+    scope = {name: value for name, value in options.items() if name in SCOPE_NAMES}
+    rest = {name: value for name, value in options.items() if name not in SCOPE_NAMES}
+    return cast(ScopeOptions, scope), cast(GenerateOptions, rest)
 
 
 def as_sampling(options: GenerateOptions, max_tokens: int) -> Sampling:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvmem import LanguageModel, attention
+from kvmem import LanguageModel
+from kvmem.kv import attention
 from kvmem.kv.attention import ATTENTION, Step
 from kvmem.kv.buffer import BlendedCache
 from kvmem.kv.entry import Context, EntryKey, KVEntry, digest_tokens

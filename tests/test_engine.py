@@ -25,8 +25,8 @@ from kvmem import (
     LanguageModel,
     ModelError,
     Prefill,
-    select,
 )
+from kvmem.blend import select
 from kvmem.kv.buffer import BlendedLayer
 from kvmem.runtime.worker import turns_of
 from kvmem.store import MemoryStore

@@ -21,8 +21,8 @@ from kvmem import (
     StoreError,
     UnknownMemoryError,
     UnknownThreadError,
-    local,
 )
+from kvmem.backends import local
 from kvmem.library.threads import Branch, recut
 from kvmem.prompt.layout import Prompt, Span
 from kvmem.testing import tiny_model

@@ -8,7 +8,8 @@ from helpers import open_mem
 from rich.console import Console
 from typer.testing import CliRunner
 
-from kvmem import KVMem, LanguageModel, Memory, cli
+from kvmem import KVMem, LanguageModel, Memory
+from kvmem.cli import main as cli
 from kvmem.cli.chat import Chat
 from kvmem.testing import tiny_model
 
@@ -75,7 +76,7 @@ def test_help_and_errors_do_not_end_the_conversation(mem: KVMem) -> None:
 
 def test_the_command_opens_and_closes(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """`kvmem chat` reads lines from standard input."""
-    monkeypatch.setattr("kvmem.engine.LanguageModel.load", lambda *_: tiny_model())
+    monkeypatch.setattr("kvmem.model.local.LanguageModel.load", lambda *_: tiny_model())
     arguments = ["chat", "--store", str(tmp_path / "kv"), "--max-tokens", "4"]
     result = CliRunner().invoke(cli.app, arguments, input="Hello\n/quit\n")
     assert result.exit_code == 0, result.output

@@ -169,8 +169,7 @@ class _Bench:
         self._backend = LocalBackend(model, store, composer, settings.blend, lambda: 0.0)
         chunker = Chunker(model, typesetter, settings.split)
         self._corpus = Corpora(store.database, settings.namespace, chunker).open("")
-        arrange = self._backend.arrange
-        self._requests = RequestBuilder(model, chunker, typesetter, BM25Retriever(), arrange, settings)
+        self._requests = RequestBuilder(model, chunker, typesetter, BM25Retriever(), self._backend, settings)
 
     def prefill(self, question: str, texts: Sequence[str], blend: Blend) -> Prefill:
         request = self._requests.for_question(0.0, question, Scope(self._corpus, context=texts), None, 1)

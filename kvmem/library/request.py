@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from kvmem.cancellation import NEVER, Cancellation
 from kvmem.errors import EmptyInputError, InputError, PromptTooLongError
@@ -51,8 +51,17 @@ class Scope:
     retriever: Retriever | None = None
 
 
+class Arranger(Protocol):
+    """Orders documents so that more of the prompt is exact; see `Backend`."""
+
+    @property
+    def reorders(self) -> bool: ...
+
+    def arrange(self, before: Sequence[Span], groups: Sequence[Sequence[Span]]) -> Sequence[int]: ...
+
+
 class RequestBuilder:
-    """Builds requests. arrange, reorders: see `Backend`."""
+    """Builds requests."""
 
     def __init__(
         self,
@@ -60,13 +69,11 @@ class RequestBuilder:
         chunker: Chunker,
         typesetter: Typesetter,
         retriever: Retriever,
-        arrange: Callable[[Sequence[Span], Sequence[Sequence[Span]]], Sequence[int]],
+        arranger: Arranger,
         settings: Settings,
-        reorders: bool = False,
     ) -> None:
-        self._reorders = reorders
         self._model, self._chunker, self._retriever, self._settings = model, chunker, retriever, settings
-        self._typesetter, self._arranged = typesetter, arrange
+        self._typesetter, self._arranger = typesetter, arranger
         # Ranks sources where no retriever was asked.
         self._words = BM25Retriever()
 
@@ -225,7 +232,7 @@ class RequestBuilder:
             limit=self._settings.context_tokens,
         )
         spans = dict(zip(plan.chunks, self._chunker.spans([chunks[i] for i in plan.chunks]), strict=True))
-        if plan.mode != "whole" or self._reorders:
+        if plan.mode != "whole" or self._arranger.reorders:
             plan = replace(plan, chunks=self._arrange(layout, plan.chunks, spans))
         if dropped:
             reason = f"{plan.reason}; the oldest {dropped} messages were left out because they did not fit"
@@ -241,7 +248,7 @@ class RequestBuilder:
         for index in chunks:
             groups.setdefault(spans[index].document, []).append(index)
         kept = list(groups.values())
-        order = self._arranged(layout.before, [[spans[i] for i in group] for group in kept])
+        order = self._arranger.arrange(layout.before, [[spans[i] for i in group] for group in kept])
         return tuple(index for number in order for index in kept[number])
 
     def _trim(
