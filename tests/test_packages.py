@@ -86,5 +86,5 @@ def test_the_wheels_install_and_answer_outside_the_clone(wheels: Path, tmp_path:
     # A path in a .pth file is added without reading the .pth files there, which name the clone.
     paths = sysconfig.get_paths(vars={"base": str(tmp_path / "env"), "platbase": str(tmp_path / "env")})
     (Path(paths["purelib"]) / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    assert run(python, "-c", PROGRAM, directory=tmp_path).strip().endswith("ok")
+    assert run(python, "-I", "-c", PROGRAM, directory=tmp_path).strip().endswith("ok")
     assert "Usage" in run(tmp_path / "env" / "bin" / "kvmem", "--help", directory=tmp_path)
