@@ -12,17 +12,21 @@ from kvmem.cli.console import Model, Threads, errors, out
 
 app = typer.Typer(help="Run benchmarks. Each writes JSON and prints a table.", no_args_is_help=True)
 
+Data = Annotated[Path, typer.Option(help="JSON file of questions and passages in MuSiQue's format.")]
+Output = Annotated[Path, typer.Option(help="Output directory for JSON and plots.")]
+RESULTS = Path("bench-results")
+
 
 @app.command()
 def fidelity(
-    data: Annotated[Path, typer.Option(help="JSON file of questions in MuSiQue's format.")],
+    data: Data,
     model: Model = "smollm2",
     passages: Annotated[list[int] | None, typer.Option(help="Passages per prompt; can be repeated.")] = None,
     examples: Annotated[int, typer.Option(min=1)] = 40,
     offset: Annotated[int, typer.Option(min=0, help="Number of questions to skip.")] = 0,
     seed: int = 0,
     threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="Output directory for JSON and the plot.")] = Path("bench-results"),
+    output: Output = RESULTS,
 ) -> None:
     """Measure how close each blend setting comes to full prefill."""
     with errors():
@@ -42,12 +46,12 @@ def fidelity(
 
 @app.command()
 def speed(
-    data: Annotated[Path, typer.Option(help="JSON file of questions in MuSiQue's format.")],
+    data: Data,
     model: Model = "smollm2",
     size: Annotated[list[int] | None, typer.Option(help="Approximate prompt tokens; can be repeated.")] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     threads: Annotated[int, typer.Option(min=1)] = 1,
-    output: Annotated[Path, typer.Option(help="Output directory for JSON.")] = Path("bench-results"),
+    output: Output = RESULTS,
 ) -> None:
     """Measure time to the first token and decoding speed relative to plain transformers in the same process."""
     with errors():
@@ -66,7 +70,7 @@ def task(
     cases: Annotated[int, typer.Option(min=1)] = 80,
     seed: int = 0,
     threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="Output directory for JSON.")] = Path("bench-results"),
+    output: Output = RESULTS,
 ) -> None:
     """Measure accuracy on questions whose answer depends on the text before a chunk."""
     with errors():
@@ -81,13 +85,13 @@ def task(
 
 @app.command("batch")
 def bench_batch(
-    data: Annotated[Path, typer.Option(help="JSON file of questions in MuSiQue's format.")],
+    data: Data,
     model: Model = "smollm2",
     size: Annotated[int, typer.Option(min=1, help="Approximate prompt tokens.")] = 4000,
     batch: Annotated[int, typer.Option(min=2, help="Questions per batch.")] = 8,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="Output directory for JSON.")] = Path("bench-results"),
+    output: Output = RESULTS,
 ) -> None:
     """Compare a batch of questions with the same questions asked one by one."""
     with errors():
@@ -103,13 +107,13 @@ def bench_batch(
 
 @app.command()
 def frameworks(
-    data: Annotated[Path, typer.Option(help="JSON file of questions in MuSiQue's format.")],
+    data: Data,
     model: Model = "smollm2",
     examples: Annotated[int, typer.Option(min=1)] = 8,
     k: Annotated[int, typer.Option(min=1, help="Passages to retrieve per question.")] = 4,
     passes: Annotated[int, typer.Option(min=1)] = 2,
     threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="Output directory for JSON.")] = Path("bench-results"),
+    output: Output = RESULTS,
 ) -> None:
     """Compare RAG in LangChain and LlamaIndex: their Hugging Face models and kvmem, with the same weights."""
     with errors():
@@ -125,14 +129,12 @@ def frameworks(
 
 @app.command()
 def conversation(
-    data: Annotated[
-        Path, typer.Option(help="JSON file of questions in MuSiQue's format; their passages are the documents.")
-    ],
+    data: Data,
     model: Model = "smollm2",
     turns: Annotated[int, typer.Option(min=2)] = 20,
     seed: int = 0,
     threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="Output directory for JSON and the plot.")] = Path("bench-results"),
+    output: Output = RESULTS,
 ) -> None:
     """Measure a conversation whose memories and documents change every turn, against full prefill."""
     with errors():
@@ -149,11 +151,11 @@ def conversation(
 
 @app.command("store")
 def bench_store(
-    data: Annotated[Path, typer.Option(help="JSON file of questions in MuSiQue's format.")],
+    data: Data,
     model: Model = "smollm2",
     examples: Annotated[int, typer.Option(min=1)] = 12,
     threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="Output directory for JSON.")] = Path("bench-results"),
+    output: Output = RESULTS,
 ) -> None:
     """Measure how fast entries load from disk, and what packing them to 8 bits costs."""
     with errors():
@@ -175,7 +177,7 @@ def bench_serve(
     clients: Annotated[int, typer.Option(min=1)] = 16,
     leaving: Annotated[int, typer.Option(min=1, help="Number of clients that disconnect early.")] = 50,
     threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="Output directory for JSON.")] = Path("bench-results"),
+    output: Output = RESULTS,
 ) -> None:
     """Test a server: a coding agent, concurrent clients, disconnecting clients, and a full queue."""
     with errors():

@@ -39,10 +39,8 @@ if TYPE_CHECKING:
 
 # Public names by module. They are loaded on first use, so that `import kvmem` loads neither torch nor transformers.
 _HOME = {
-    "kvmem.results": ("Answer", "Prefill", "Source", "Timings", "Usage"),
     "kvmem.cancellation": ("Cancellation",),
     "kvmem.collection": ("Collection",),
-    "kvmem.text.document": ("Chunk", "Document"),
     "kvmem.engine": ("KVMem",),
     "kvmem.errors": (
         "AnswerTimeoutError",
@@ -60,11 +58,14 @@ _HOME = {
         "UnknownMemoryError",
         "UnknownThreadError",
     ),
+    "kvmem.library.stats": ("DocumentStats", "Stats"),
     "kvmem.memory": ("Memory", "MemoryItem", "Recalled"),
     "kvmem.model.local": ("LanguageModel",),
     "kvmem.options": ("AskOptions", "GenerateOptions", "ScopeOptions"),
     "kvmem.prompt.plan": ("Plan",),
-    "kvmem.text.retrieval": ("BM25Retriever", "HybridRetriever", "Retriever"),
+    "kvmem.prompt.tools": ("ToolCall",),
+    "kvmem.results": ("Answer", "Prefill", "Source", "Timings", "Usage"),
+    "kvmem.runtime.stream": ("AnswerStream",),
     "kvmem.settings": (
         "BlendSettings",
         "ModelSettings",
@@ -73,9 +74,8 @@ _HOME = {
         "SplitSettings",
         "StoreSettings",
     ),
-    "kvmem.library.stats": ("DocumentStats", "Stats"),
-    "kvmem.runtime.stream": ("AnswerStream",),
-    "kvmem.prompt.tools": ("ToolCall",),
+    "kvmem.text.document": ("Chunk", "Document"),
+    "kvmem.text.retrieval": ("BM25Retriever", "HybridRetriever", "Retriever"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

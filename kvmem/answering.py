@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from kvmem.backends.base import Backend
 from kvmem.cancellation import Cancellation
 from kvmem.errors import InputError
-from kvmem.ingest import Library
+from kvmem.ingest import Ingestion
 from kvmem.library.request import Request, RequestBuilder, Scope, check_messages
 from kvmem.library.threads import Begun, Threads, Turn, check_name, plain_message, recut
 from kvmem.model.base import AnyModel
@@ -41,13 +40,13 @@ class Answering:
         model: AnyModel,
         backend: Backend,
         requests: RequestBuilder,
-        library: Library,
+        ingestion: Ingestion,
         threads: Threads,
         worker: Worker,
         max_tokens: int,
     ) -> None:
         self._model, self._backend, self._requests = model, backend, requests
-        self._library, self._threads, self._worker = library, threads, worker
+        self._ingestion, self._threads, self._worker = ingestion, threads, worker
         self._max_tokens = max_tokens
 
     def ask(self, question: str, scope: Scope, system: str | None, options: GenerateOptions) -> AnswerStream:
@@ -165,7 +164,15 @@ class Answering:
                 begun = self._threads.begin(conversation.thread, self._model.fingerprint)
                 request = replace(request, prompt=recut(request.prompt, begun.branches))
             listener.planned(request.plan, request.sources)
-            answer, turn = self._answer(request, settings, sampling, listener, cancellation, begun)
+            turn = None
+            try:
+                answer, turn = self._backend.answer(
+                    request, settings, sampling, listener, cancellation, begun is not None
+                )
+            finally:
+                if begun is not None and turn is None:
+                    # What was read of it is stored all the same, and is removed with the conversation.
+                    self._keep(begun, Turn(None, request.prompt.said))
             if answer.finish_reason == "cancelled" and not cancellation.cancelled:
                 cancellation.check()
             if toolbox is not None:
@@ -177,18 +184,7 @@ class Answering:
 
         return self._worker.stream(work, options.get("timeout"), lambda: self._backend.resolve(parsed))
 
-    def _answer(self, request: Request, *arguments: Any) -> tuple[Answer, Turn | None]:
-        """Run a request. If a conversation has no answer, what was read of it is noted, to be removed with it."""
-        settings, sampling, listener, cancellation, begun = arguments
-        turn = None
-        try:
-            answer, turn = self._backend.answer(request, settings, sampling, listener, cancellation, begun is not None)
-        finally:
-            if begun is not None and turn is None:
-                self._keep(begun, Turn(None, request.prompt.said))
-        return answer, turn
-
     def _keep(self, begun: Begun, turn: Turn, messages: Sequence[Message] | None = None) -> None:
         """Write down a turn; if its conversation was removed meanwhile, its caches go, too."""
         if not self._threads.keep(begun, self._model.fingerprint, turn, messages):
-            self._library.forget_spans({self._model.fingerprint: turn.spans})
+            self._ingestion.forget_spans({self._model.fingerprint: turn.spans})

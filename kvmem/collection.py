@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvmem.cancellation import Cancellation
 from kvmem.errors import InputError
-from kvmem.ingest import Library, Progress
+from kvmem.ingest import Ingestion, Progress
 from kvmem.library.corpus import Corpus
 from kvmem.prompt.layout import Message
 from kvmem.runtime.worker import Worker
@@ -39,9 +39,9 @@ class Collection:
         ```
     """
 
-    def __init__(self, mem: KVMem, corpus: Corpus, name: str | None, library: Library, worker: Worker) -> None:
+    def __init__(self, mem: KVMem, corpus: Corpus, name: str | None, ingestion: Ingestion, worker: Worker) -> None:
         self.mem, self.name = mem, name
-        self._corpus, self._library, self._worker = corpus, library, worker
+        self._corpus, self._ingestion, self._worker = corpus, ingestion, worker
 
     @property
     def corpus(self) -> Corpus:
@@ -66,7 +66,7 @@ class Collection:
             id: its id; by default the document's own, the path, or a digest of the text.
             metadata: JSON; added to the document's own.
             read: whether to compute its caches now; if not, the first prompt that needs them does.
-            prompt: the messages that the documents will stand in, with `kvmem.prompt.layout.CONTEXT` in their place; by
+            prompt: the messages that the documents will stand in, with `kvmem.prompt.CONTEXT` in their place; by
                 default those of `ask`. Documents are computed behind what precedes them there.
             cancellation: ends reading early.
 
@@ -76,8 +76,8 @@ class Collection:
             ClosedError: the engine was closed or the work cancelled.
             AnswerTimeoutError: the timeout passed.
         """
-        new = self._library.check(as_document(document, id, metadata))
-        return self._run(lambda stop: self._library.add(self._corpus, [new], stop, read, prompt)[0], cancellation)
+        new = self._ingestion.check(as_document(document, id, metadata))
+        return self._run(lambda stop: self._ingestion.add(self._corpus, [new], stop, read, prompt)[0], cancellation)
 
     def add_all(
         self,
@@ -102,7 +102,7 @@ class Collection:
         """
         found = list(self._checked(documents).values())
         added: list[Document] = []
-        for group in self._library.groups(found):
+        for group in self._ingestion.groups(found):
             work: Callable[[Cancellation], list[Document]] = partial(self._add_group, group, read, prompt)
             for document in self._run(work):
                 added.append(document)
@@ -113,14 +113,14 @@ class Collection:
     def _add_group(
         self, group: list[Document], read: bool, prompt: Sequence[Message] | None, cancellation: Cancellation
     ) -> list[Document]:
-        return self._library.add(self._corpus, group, cancellation, read, prompt)
+        return self._ingestion.add(self._corpus, group, cancellation, read, prompt)
 
     def _checked(self, documents: Iterable[Any]) -> dict[str, Document]:
         if isinstance(documents, (str, bytes, os.PathLike, Document)) or not isinstance(documents, Iterable):
             raise InputError(f"documents is a {type(documents).__name__}. Give a list, or use add().")
         found: dict[str, Document] = {}
         for item in documents:
-            new = self._library.check(as_document(item))
+            new = self._ingestion.check(as_document(item))
             if found.get(new.id, new) != new:
                 new = named_by_all(new)
             if found.setdefault(new.id, new) != new:
@@ -139,7 +139,7 @@ class Collection:
         given = list(documents)
         wanted = self._checked(given)
         added = self.add_all(given, progress, read=read, prompt=prompt)
-        self._worker.run(lambda: self._library.keep_only(self._corpus, wanted))
+        self._worker.run(lambda: self._ingestion.keep_only(self._corpus, wanted))
         return added
 
     def update(self, id: str, document: Any, metadata: Metadata | None = None) -> Document:  # noqa: A002
@@ -152,8 +152,8 @@ class Collection:
         """
         if isinstance(document, str) and metadata is None:
             metadata = self.get(id).metadata
-        new = self._library.check(as_document(document, id, metadata))
-        return self._run(lambda stop: self._library.update(self._corpus, new, stop))
+        new = self._ingestion.check(as_document(document, id, metadata))
+        return self._run(lambda stop: self._ingestion.update(self._corpus, new, stop))
 
     def get(self, id: str) -> Document:  # noqa: A002
         """The document. Raises UnknownDocumentError."""
@@ -167,7 +167,7 @@ class Collection:
 
     def split(self, text: str) -> tuple[str, ...]:
         """The chunks that a text is cut into when it is added."""
-        return self._library.split(text)
+        return self._ingestion.split(text)
 
     def chunks(self) -> Sequence[Chunk]:
         """The chunks of all documents, in order."""
@@ -185,11 +185,11 @@ class Collection:
             UnknownDocumentError: nothing is removed then.
         """
         if ids:
-            self._worker.run(lambda: self._library.remove(self._corpus, ids))
+            self._worker.run(lambda: self._ingestion.remove(self._corpus, ids))
 
     def clear(self) -> None:
         """Remove every document of this collection."""
-        self._worker.run(lambda: self._library.keep_only(self._corpus, ()))
+        self._worker.run(lambda: self._ingestion.keep_only(self._corpus, ()))
 
     def _run(self, work: Callable[[Cancellation], T], cancellation: Cancellation | None = None) -> T:
         """Run work that stops when it is cancelled, or when the engine is closed."""

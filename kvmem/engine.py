@@ -78,8 +78,9 @@ class KVMem(OpenedEngine):
         before any answer begins.
         """
         scope, generate = split_options(options)
-        if scope.get("context") is not None:
-            scope["context"] = tuple(check_context(scope["context"] or ()))
+        context = scope.get("context")
+        if context is not None:  # an iterator serves all questions
+            scope["context"] = tuple(check_context(context))
         return self._answering.batch(questions, self._scope(scope), _names_texts(scope), system, generate)
 
     def chat(
@@ -179,7 +180,7 @@ class KVMem(OpenedEngine):
 
         Args:
             question: A question, or messages. Documents go to the end of the system message, or where
-                `kvmem.prompt.layout.CONTEXT` stands in a message's content.
+                `kvmem.prompt.CONTEXT` stands in a message's content.
             system: The system prompt of a question, instead of the engine's.
             search: The text that chunks are scored for; default: the question, or the last message.
             max_tokens: Tokens to leave free for the answer.

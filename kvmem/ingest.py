@@ -1,4 +1,4 @@
-"""Library: reads documents into the store as they come, and forgets what no document has any more."""
+"""Ingestion: computes and stores the caches of documents, and removes those that no document uses any more."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOGETHER = 8_000
 Progress = Callable[[Document, int, int], None]
 
 
-class Library:
+class Ingestion:
     """The corpora and the caches of their texts, kept in step. Changes of them wait for each other."""
 
     def __init__(

@@ -14,7 +14,7 @@ from kvmem.backends.open import open_backend, open_model
 from kvmem.cancellation import Cancellation
 from kvmem.collection import Collection
 from kvmem.errors import InputError
-from kvmem.ingest import Library, Progress
+from kvmem.ingest import Ingestion, Progress
 from kvmem.library.corpus import Chunker, Corpora
 from kvmem.library.request import RequestBuilder, check_context
 from kvmem.library.stats import Stats
@@ -57,7 +57,7 @@ class OpenedEngine:
         self._corpora = Corpora(database, namespace, chunker)
         self._backend = open_backend(self.model, self.store, self.settings, typesetter)
         self._requests = RequestBuilder(self.model, chunker, typesetter, self.retriever, self._backend, self.settings)
-        self._library = Library(
+        self._ingestion = Ingestion(
             self.model.window, self.store, self._corpora, chunker, self._backend, self._requests, self.settings
         )
         self._threads = Threads(database, namespace)
@@ -66,7 +66,7 @@ class OpenedEngine:
             self.model,
             self._backend,
             self._requests,
-            self._library,
+            self._ingestion,
             self._threads,
             self._worker,
             self.settings.max_tokens,
@@ -143,7 +143,7 @@ class OpenedEngine:
         return self._collect(name)
 
     def _collect(self, name: str | None) -> Collection:
-        return Collection(cast("KVMem", self), self._corpora.open(name), name, self._library, self._worker)
+        return Collection(cast("KVMem", self), self._corpora.open(name), name, self._ingestion, self._worker)
 
     def collections(self) -> Sequence[str]:
         """The names of the collections that have documents."""
@@ -152,12 +152,12 @@ class OpenedEngine:
 
     def clear(self) -> None:
         """Remove every document, those of collections too, and every cache of this namespace."""
-        self._worker.run(self._library.clear)
+        self._worker.run(self._ingestion.clear)
 
     def stats(self) -> Stats:
         """Counts of the documents and of the store."""
         self._worker.check_open()
-        return self._library.stats(self._documents.corpus)
+        return self._ingestion.stats(self._documents.corpus)
 
     def read(self, context: Iterable[Any]) -> None:
         """Read texts or documents, as in `ScopeOptions.context`, without adding them; later prompts reuse them.
@@ -165,12 +165,12 @@ class OpenedEngine:
         Raises InputError, EmptyInputError, PromptTooLongError.
         """
         documents = [as_document(item) for item in check_context(context)]
-        self._worker.run(lambda: self._library.read(documents, self._worker.closing))
+        self._worker.run(lambda: self._ingestion.read(documents, self._worker.closing))
 
     def forget_text(self, text: Any) -> None:
         """Remove the caches of a text or document that was only read, unless a document has the same text."""
         document = as_document(text)
-        self._worker.run(lambda: self._library.forget_text(document))
+        self._worker.run(lambda: self._ingestion.forget_text(document))
 
     def forget_user(self, namespace: str | None = None) -> int:
         """Remove every byte of a namespace from the store: documents, memories, conversations and caches.
@@ -185,7 +185,7 @@ class OpenedEngine:
             StoreError: The store cannot be used.
         """
         name = self.settings.namespace if namespace is None else namespace
-        return self._worker.run(lambda: self._library.forget_namespace(name))
+        return self._worker.run(lambda: self._ingestion.forget_namespace(name))
 
     def release(self) -> None:
         """Free the buffers that are kept in memory for the next question. Stored caches stay."""
@@ -205,7 +205,7 @@ class OpenedEngine:
 
     def forget_thread(self, thread: str) -> None:
         """Remove a conversation and its caches. Raises UnknownThreadError."""
-        self._worker.run(lambda: self._library.forget_spans(self._threads.remove(thread)))
+        self._worker.run(lambda: self._ingestion.forget_spans(self._threads.remove(thread)))
 
     # Lifetime
 

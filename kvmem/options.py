@@ -74,7 +74,7 @@ class AskOptions(GenerateOptions, ScopeOptions, total=False):
 
 
 SCOPE_NAMES = frozenset(ScopeOptions.__annotations__)
-OPTION_NAMES = frozenset(GenerateOptions.__annotations__) - SCOPE_NAMES
+OPTION_NAMES = frozenset(GenerateOptions.__annotations__)
 
 _RESERVED = {
     "max_new_tokens": "Use max_tokens.",
@@ -159,11 +159,8 @@ class Sampling:
 def check_names(options: Mapping[str, Any], known: frozenset[str] = OPTION_NAMES) -> None:
     """Raise InputError for an option that does not exist."""
     if unknown := options.keys() - known:
-        name = min(unknown)
-        raise InputError(
-            f"{name!r} is not an option. Options are: {', '.join(sorted(known))}. "
-            "Other arguments of transformers' generate go into generate_kwargs."
-        )
+        hint = " Other arguments of transformers' generate go into generate_kwargs." if known >= OPTION_NAMES else ""
+        raise InputError(f"{min(unknown)!r} is not an option. Options are: {', '.join(sorted(known))}.{hint}")
 
 
 def split_options(options: AskOptions) -> tuple[ScopeOptions, GenerateOptions]:

@@ -220,7 +220,7 @@ class Settings(_Frozen):
         split: How documents are cut into chunks.
         storage: Limits and format of the store.
         remote: How a vLLM server is used.
-        system: The system prompt; None uses `kvmem.prompt.layout.DEFAULT_SYSTEM`.
+        system: The system prompt; None uses `kvmem.prompt.DEFAULT_SYSTEM`.
         max_tokens: Maximum length of an answer, in tokens. This room is kept free in the window.
         namespace: The namespace (tenant). Documents, memories, threads and entries of other namespaces are invisible.
         context_tokens: Maximum number of document tokens in a prompt; None fills the window.

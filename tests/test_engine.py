@@ -742,3 +742,21 @@ def test_a_failure_of_the_model_is_not_blamed_on_the_question(mem: KVMem, error:
     monkeypatch.setattr(mem.local_model.hf, "generate", fails)
     with pytest.raises(ModelError, match=str(error)):
         mem.ask("When?")
+
+
+def test_unknown_options_are_named_wherever_they_are_given(mem: KVMem) -> None:
+    """Also where nothing is generated, and then the message does not advise generate_kwargs."""
+    mem.add("The tenant pays the rent.", id="lease")
+    for call in (mem.ask, mem.plan, mem.prefill, mem.build_prompt):
+        with pytest.raises(InputError, match="'document' is not an option") as caught:
+            call("Who pays?", document=["lease"])  # type: ignore[operator]
+        assert ("generate_kwargs" in str(caught.value)) == (call == mem.ask)
+    with pytest.raises(InputError, match="'context' is not an option"):
+        mem.complete("Who", context=["The tenant."])  # type: ignore[call-arg]
+
+
+def test_a_batch_refuses_a_single_text_as_context(mem: KVMem) -> None:
+    """An empty one, too."""
+    for text in ("The tenant pays.", ""):
+        with pytest.raises(InputError, match="context is a single str"):
+            mem.batch(["Who pays?"], context=text)

@@ -79,6 +79,7 @@ def test_auto_widens_half_precision_where_the_cpu_has_no_instructions_for_it(
     loaded = LanguageModel.load(directory)
     assert {parameter.dtype for parameter in loaded.hf.parameters()} == {loaded.dtype} == {expected}
     assert LanguageModel.load(directory, ModelSettings(dtype="bfloat16")).dtype == torch.bfloat16
+    assert LanguageModel.load(directory, ModelSettings(device_map="cpu")).dtype == expected
 
 
 @packs

@@ -30,3 +30,18 @@ def test_import_is_light_and_loads_no_framework() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     """The lazy module does not hide mistakes."""
     assert not hasattr(kvmem, "KVMemory")
+
+
+def test_the_names_of_submodules_that_the_docs_mention_can_be_imported() -> None:
+    """Where those modules are may change; these paths may not."""
+    from kvmem.prompt import CONTEXT, DEFAULT_SYSTEM
+    from kvmem.serve.app import create_app
+    from kvmem.serve.settings import ServeSettings
+    from kvmem.store import DiskStore, FsspecStore, Limits, MemoryStore, Store, TieredStore
+    from kvmem.testing import check_store, tiny_model
+
+    assert isinstance(DEFAULT_SYSTEM, str)
+    named = (CONTEXT, create_app, ServeSettings, DiskStore, FsspecStore, Limits, MemoryStore, Store, TieredStore)
+    assert all(named)
+    assert callable(check_store)
+    assert callable(tiny_model)

@@ -406,8 +406,8 @@ def _widen(hf: Any, name: str) -> None:
     """Convert 16-bit weights on a CPU that has no instructions for them to float32, in place."""
     if hf.device.type != "cpu" or getattr(hf, "hf_quantizer", None) is not None or has_fast_products(hf.dtype):
         return
-    logger.info("kvmem: %s runs in float32, because this CPU has no fast products in %s", name, hf.dtype)
-    hf.to(torch.float32)
+    logger.info("kvmem: %s is loaded in float32, because this CPU has no instructions for %s", name, hf.dtype)
+    hf.float()
 
 
 def _device(name: str) -> str:

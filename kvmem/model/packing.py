@@ -31,9 +31,9 @@ def can_pack() -> bool:
 
 
 def has_fast_products(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices in `dtype` with instructions of its own.
+    """Whether this CPU has instructions for matrix products in `dtype`.
 
-    Without them a 16-bit product is several times slower than the same product in float32.
+    Without them, a 16-bit product is several times slower than the same product in float32.
     """
     names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     if dtype not in names:

@@ -1,1 +1,1 @@
-"""What is answered from: documents, loaders, chunks, filters and retrieval."""
+"""Texts: documents, loaders, chunking, filters and retrieval."""
