@@ -19,7 +19,7 @@ from kvmem.testing import tiny_model
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything in these folders runs real weights."""
     for item in items:
-        if item.path.parent.name in ("model", "integration_tests"):
+        if item.path.parent.name in ("weights", "integration_tests"):
             item.add_marker(pytest.mark.model)
 
 

@@ -128,7 +128,7 @@ def test_speeds_are_the_best_of_all_processes_and_single_ratios_stay_visible() -
 
 def test_the_speed_of_everything_can_be_read_in_eighty_columns() -> None:
     """No cell of the table of the results beside the page is cut or broken."""
-    result = json.loads((Path(__file__).parents[1] / "docs" / "benchmarks" / "speed-smollm2-amx.json").read_text())
+    result = json.loads((Path(__file__).parents[2] / "docs" / "benchmarks" / "speed-smollm2-amx.json").read_text())
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(speed.table(result))
     text = console.export_text()
@@ -150,7 +150,7 @@ def test_questions_that_cannot_be_read_are_an_error_with_an_example(tmp_path: Pa
 
 def test_the_benchmarks_page_is_what_its_results_say() -> None:
     """docs/benchmarks.md is rendered from the JSON beside it, to the letter."""
-    docs = Path(__file__).parents[1] / "docs"
+    docs = Path(__file__).parents[2] / "docs"
     assert (docs / "benchmarks.md").read_text() == render(docs / "benchmarks")
 
 
