@@ -51,7 +51,7 @@ def run(
     """Measure every variant at every approximate prompt size in tokens, `repeats` times each."""
     rows = []
     loaded = LanguageModel.load(model, ModelSettings(threads=threads))
-    texts = {size: _text(loaded, questions, size) for size in sizes}
+    texts = {size: text_of_size(loaded, questions, size) for size in sizes}
     jobs = [(size, way, n) for size in sizes for n in range(repeats) for way in WAYS]
     with tempfile.TemporaryDirectory() as scratch:
         stores: dict[int, Path] = {}
@@ -74,7 +74,7 @@ def run(
     }
 
 
-def _text(model: LanguageModel, questions: Sequence[Question], size: int) -> dict[str, Any]:
+def text_of_size(model: LanguageModel, questions: Sequence[Question], size: int) -> dict[str, Any]:
     """One question, with passages (from several questions if needed) of about `size` tokens in total."""
     passages: list[str] = []
     tokens = 0

@@ -18,8 +18,9 @@ from kvmem.testing import tiny_tokenizer
 class FakeVLLM:
     """Says "abcdef...", a letter a token. prompts: bodies of the requests for completions, in order.
 
-    fails: statuses to answer the next requests with. breaks_after: pieces after which a reply breaks off. pause:
-        seconds before every piece. aborted: replies whose client left.
+    fails: statuses to answer the next requests with; None answers one normally.
+    breaks_after: pieces after which a reply breaks off. pause: seconds before every piece.
+    finished: replies written to their end. aborted: replies whose client left.
     """
 
     root: str
@@ -28,10 +29,11 @@ class FakeVLLM:
     block: int = 16
     window: int = 4096
     key: str | None = None
-    fails: list[int] = field(default_factory=list)
+    fails: list[int | None] = field(default_factory=list)
     breaks_after: int | None = None
     pause: float = 0.0
     prompts: list[dict[str, Any]] = field(default_factory=list)
+    finished: int = 0
     aborted: int = 0
     running: int = 0
     most: int = 0
@@ -64,8 +66,9 @@ class FakeVLLM:
         body = await request.json()
         if self.key is not None and request.headers["authorization"] != f"Bearer {self.key}":
             return JSONResponse({"error": {"message": "Unauthorized"}}, 401)
-        if self.fails:
-            return JSONResponse({"error": {"message": "not now"}}, self.fails.pop(0))
+        status = self.fails.pop(0) if self.fails else None
+        if status is not None:
+            return JSONResponse({"error": {"message": "not now"}}, status)
         self.prompts.append(body)
         ids, salt = body["prompt"], body["cache_salt"]
         blocks = [tuple(ids[:end]) for end in range(self.block, len(ids) + 1, self.block)]
@@ -102,6 +105,7 @@ class FakeVLLM:
             usage = {"prompt_tokens": size, "completion_tokens": count, "total_tokens": size + count}
             yield self._event([], {**usage, "prompt_tokens_details": details})
             yield "data: [DONE]\n\n"
+            self.finished += 1
         except asyncio.CancelledError:
             self.aborted += 1
             raise

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +48,13 @@ def gaps_while_busy(model: LanguageModel, calls: list[Callable[[], Coroutine[Any
         return gaps
 
     return asyncio.run(main())
+
+
+@contextmanager
+def entries_index(directory: Path) -> Iterator[sqlite3.Connection]:
+    """One transaction in a disk store's index, as another process would make it."""
+    with closing(sqlite3.connect(directory / "v1" / "index.sqlite")) as connection, connection:
+        yield connection
 
 
 @contextmanager

@@ -504,21 +504,29 @@ def test_closing_cancels_what_runs_and_what_waits(model: LanguageModel) -> None:
 def test_what_is_asked_while_closing_is_ended_too(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """close() waits for whatever is being submitted, and then cancels it."""
     mem = open_mem(model, None)
-    submitting, executor = threading.Event(), mem._worker._executor
-    real = executor.submit
+    submitting, real = threading.Event(), ThreadPoolExecutor.submit
 
     def slowly(*args: Any, **options: Any) -> Any:
         submitting.set()
         time.sleep(0.2)
         return real(*args, **options)
 
-    monkeypatch.setattr(executor, "submit", slowly)
-    with ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(mem.ask, "What?", context=TEXTS, max_tokens=3000)
-        assert submitting.wait(20)
-        mem.close()
-        error = asking.exception(20)
-    assert isinstance(error, kvmem.ClosedError) if error else asking.result().finish_reason == "cancelled"
+    ended: list[Any] = []
+
+    def ask() -> None:
+        try:
+            ended.append(mem.ask("What?", context=TEXTS, max_tokens=3000).finish_reason)
+        except kvmem.ClosedError as error:
+            ended.append(error)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", slowly)
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert submitting.wait(20)
+    mem.close()
+    asking.join(20)
+    assert len(ended) == 1
+    assert ended[0] == "cancelled" or isinstance(ended[0], kvmem.ClosedError)
 
 
 LONG = "The boat goes to the island and comes back in the evening. " * 20
@@ -541,14 +549,21 @@ def test_closing_ends_whatever_reads_and_tells_whoever_waits(
     mem = open_mem(model, None)
     mem.add(TEXTS[0], id="a")
     reading, closing = threading.Event(), threading.Event()
-    real = type(model)._run
+    real = type(model.hf.base_model).forward
+    submit, submitted = ThreadPoolExecutor.submit, threading.Semaphore(0)
 
     def held(self: Any, *args: Any, **options: Any) -> Any:
         reading.set()
         assert closing.wait(20)
         return real(self, *args, **options)
 
-    monkeypatch.setattr(type(model), "_run", held)
+    def noted(*args: Any, **options: Any) -> Any:
+        future = submit(*args, **options)
+        submitted.release()
+        return future
+
+    monkeypatch.setattr(type(model.hf.base_model), "forward", held)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", noted)
     errors: list[BaseException | None] = [None, None]
 
     def attempt(place: int, work: Any) -> None:
@@ -562,11 +577,10 @@ def test_closing_ends_whatever_reads_and_tells_whoever_waits(
     assert reading.wait(20)
     second = threading.Thread(target=attempt, args=(1, lambda mem: mem.plan("What?")))
     second.start()
-    while mem._worker._executor._work_queue.qsize() == 0:
-        time.sleep(0.001)
+    assert all(submitted.acquire(timeout=20) for _ in range(2))
     closer = threading.Thread(target=mem.close)
     closer.start()
-    while not mem._worker.closed:
+    while not mem.closed:
         time.sleep(0.001)
     closing.set()
     for thread in (first, second, closer):

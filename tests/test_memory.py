@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import open_mem
+from helpers import entries_index, open_mem
 
 from kvmem import (
     AnswerTimeoutError,
@@ -373,12 +373,11 @@ def test_what_a_killed_process_left_is_forgotten_too(model: LanguageModel, tmp_p
     """Its files were noted before they were written."""
     with open_mem(model, tmp_path / "kv", namespace="eve") as mem:
         fill(mem)
-        store = mem.store.durable  # type: ignore[attr-defined]
         gone = subprocess.Popen([sys.executable, "-c", ""])
         gone.wait()
-        with store._index.transaction() as connection:
+        with entries_index(tmp_path / "kv") as connection:
             connection.execute("INSERT INTO pending VALUES ('left', 'eve', 5, ?, ?)", (gone.pid, time.time()))
-        store._files._scratch.joinpath("left").write_text(MARKER)
+        (tmp_path / "kv" / "v1" / "tmp" / "left").write_text(MARKER)
         mem.forget_user()
     assert MARKER.encode() not in contents(tmp_path / "kv")
 

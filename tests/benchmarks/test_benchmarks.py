@@ -91,11 +91,11 @@ def test_prompts_whose_speed_is_measured_come_as_near_to_their_size_as_whole_pas
     model = tiny_model()
     tokens = [len(model.tokenizer(p).input_ids) for q in questions for p in q.passages]
     assert {90 < count < 110 for count in tokens} == {True}, tokens
-    text = speed._text(model, questions, size)
+    text = speed.text_of_size(model, questions, size)
     assert len(text["passages"]) == passages
     assert text["question"] == "What is red?"
     with pytest.raises(KVMemError, match="less than 9000"):
-        speed._text(model, questions, 9000)
+        speed.text_of_size(model, questions, 9000)
 
 
 def test_speeds_are_the_best_of_all_processes_and_single_ratios_stay_visible() -> None:

@@ -19,6 +19,11 @@ from kvmem.testing import tiny_model
 IDS = torch.randint(3, 300, (60,), generator=torch.Generator().manual_seed(3))
 
 
+def attention_of(model: LanguageModel) -> str:
+    """The attention that transformers runs. It has no public name after loading."""
+    return str(model.hf.config._attn_implementation)  # noqa: SLF001
+
+
 def full_logits(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model.hf(ids[None]).logits[0]
@@ -168,7 +173,7 @@ def test_what_is_loaded_ahead_is_there_before_anyone_looks(model: LanguageModel)
             thread.join()
     assert not any(layer.is_expecting for layer in cache.blended)
     for number, layer in enumerate(cache.blended):
-        assert torch.equal(layer._values[0, :, 3:23], entry.values[0][number])
+        assert torch.equal(layer.values[0, :, 3:23], entry.values[0][number])
 
 
 def test_reserving_room_that_is_there_copies_nothing(model: LanguageModel) -> None:
@@ -205,11 +210,11 @@ def test_growing_keeps_the_rows(model: LanguageModel) -> None:
 
 def test_the_model_keeps_its_own_attention_outside_our_forwards(model: LanguageModel) -> None:
     """Nothing stays switched, even when a forward fails."""
-    before = model.hf.config._attn_implementation
+    before = attention_of(model)
     cache = model.new_cache(2)
     with pytest.raises(IndexError):
         model.forward(torch.tensor([10**6, 1]), cache, Step(torch.arange(2)))
-    assert model.hf.config._attn_implementation == before
+    assert attention_of(model) == before
     assert all(layer.step is None for layer in cache.blended)
 
 
@@ -248,4 +253,4 @@ def test_decoding_attends_as_the_model_does_with_shared_heads_as_rows(
         heads = (kv_heads, rows) if last == first + 1 else (4, 10)
         assert {shape[1:3] for shape in shapes} == {heads}
         shapes.clear()
-    assert model.hf.config._attn_implementation == "sdpa"
+    assert attention_of(model) == "sdpa"

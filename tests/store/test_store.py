@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import open_mem
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+from helpers import entries_index, open_mem
 
 from kvmem import InputError, LanguageModel, StoreError
 from kvmem.kv.entry import Context, EntryKey
@@ -331,10 +333,11 @@ def test_opening_ten_thousand_entries_takes_no_time(tmp_path: Path) -> None:
     store = DiskStore(tmp_path)
     entry = make_entry()
     store.put(entry)
-    with store._index.transaction() as connection:
-        columns = [row["name"] for row in connection.execute("PRAGMA table_info(entries)")]
+    with entries_index(tmp_path) as connection:
+        columns = [row[1] for row in connection.execute("PRAGMA table_info(entries)")]
         row = connection.execute("SELECT * FROM entries").fetchone()
-        rows = [tuple(f"{n:064x}" if c == "digest" else row[c] for c in columns) for n in range(10_000)]
+        at = columns.index("digest")
+        rows = [(*row[:at], f"{n:064x}", *row[at + 1 :]) for n in range(10_000)]
         connection.executemany(f"INSERT INTO entries VALUES ({','.join('?' * len(columns))})", rows)  # noqa: S608
     store.close()
     began = time.perf_counter()
@@ -379,7 +382,7 @@ def test_an_object_store_that_fails_later_costs_time_only(
         raise ServiceError("slow down")
 
     for name in ("find", "cat_file", "rm", "pipe_file"):
-        monkeypatch.setattr(type(store._fs), name, fail)
+        monkeypatch.setattr(MemoryFileSystem, name, fail)
     assert store.get(entry.key) is None
     assert not store.contains(entry.key)
     assert store.find(entry.key) == [] == list(store.keys())
@@ -429,7 +432,7 @@ def test_a_record_in_an_object_store_is_replaced_whole_or_not(tmp_path: Path, mo
     records = store.database.records("default", "document")
     records.put("a", {"text": "old"})
     with monkeypatch.context() as patch:
-        patch.setattr(type(store._fs), "mv", lambda *_: 1 / 0)
+        patch.setattr(LocalFileSystem, "mv", lambda *_: 1 / 0)
         with pytest.raises(StoreError):
             records.put("a", {"text": "new"})
     assert [dict(record.value) for record in records.scan()] == [{"text": "old"}]
@@ -447,7 +450,7 @@ def test_what_cannot_be_removed_from_an_object_store_is_told(monkeypatch: pytest
         raise PermissionError("not yours")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(store._fs), "rm", fail)
+        patch.setattr(MemoryFileSystem, "rm", fail)
         assert not store.delete(entry.key)
         assert store.clear(entry.key.namespace) == 0
         with pytest.raises(StoreError, match="1 files"):
@@ -483,7 +486,7 @@ def test_files_that_cannot_be_removed_hold_nobody_up(
         patch.setattr(EntryFiles, "remove", lambda *_: False)
         if left_by == "a dead process":
             store.delete(first.key)
-            with store._index.transaction() as connection:
+            with entries_index(tmp_path) as connection:
                 connection.execute("UPDATE pending SET since = 0")
             assert [store.put(entry) for entry in (second, third)] == [True, False]
         else:
@@ -495,7 +498,7 @@ def test_files_that_cannot_be_removed_hold_nobody_up(
         )
         assert len(caplog.records) == warned
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
-    with store._index.transaction() as connection:
+    with entries_index(tmp_path) as connection:
         connection.execute("UPDATE pending SET since = 0")
     DiskStore(tmp_path).check(fix=True)
     assert len(list(tmp_path.rglob("*.safetensors"))) == (left_by == "an eviction")

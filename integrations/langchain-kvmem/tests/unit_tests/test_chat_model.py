@@ -181,6 +181,17 @@ def test_bound_documents_are_cached_one_by_one(chat: ChatKVMem) -> None:
     assert usage["reused"] > 0.7 * sum(map(len, TEXTS[:3]))
 
 
+class KeysOfCache(InMemoryCache):
+    """A cache that is always empty, and the keys it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: set[str] = set()
+
+    def lookup(self, prompt: str, llm_string: str) -> None:
+        self.keys.add(llm_string)
+
+
 def test_answers_of_langchains_cache_are_of_the_same_model(tmp_path: Path) -> None:
     """Its key names the weights, the namespace and the settings of blending."""
     cache = InMemoryCache()
@@ -188,8 +199,10 @@ def test_answers_of_langchains_cache_are_of_the_same_model(tmp_path: Path) -> No
         first, second = ChatKVMem(mem=one, cache=cache), ChatKVMem(mem=other, cache=cache)
         assert first.invoke("Hello").content == first.invoke("Hello").content
         assert second.invoke("Hello").content == ChatKVMem(mem=other).invoke("Hello").content
-        keys = {first._get_llm_string(), second._get_llm_string(), ChatKVMem(mem=one, blend="none")._get_llm_string()}
-        assert len(keys) == 3
+        seen = KeysOfCache()
+        for chat in (first, second, ChatKVMem(mem=one, blend="none")):
+            chat.model_copy(update={"cache": seen}).invoke("Hello")
+        assert len(seen.keys) == 3
 
 
 def test_callbacks_see_every_token_once(chat: ChatKVMem) -> None:

@@ -111,13 +111,13 @@ def store(mem: KVMem) -> KVMemStore:
     return KVMemStore(mem)
 
 
-def test_search_finds_by_words_with_scores_and_pages(store: KVMemStore) -> None:
+def test_search_finds_by_words_with_scores_and_pages(store: KVMemStore, mem: KVMem) -> None:
     """The best first, the rest behind it; an index names the paths that are searched."""
     for number, text in enumerate(("the tram is late", "the ferry leaves at nine", "bread and butter")):
         store.put(("u", "facts"), str(number), {"text": text, "note": "ferry"})
     found = store.search(("u",), query="When does the ferry leave?", limit=2)
     assert len(found) == 2
-    narrow = KVMemStore(store._mem, index={"fields": ["text"]}, prefill=False)
+    narrow = KVMemStore(mem, index={"fields": ["text"]}, prefill=False)
     narrow.put(("n",), "a", {"text": "tram", "note": "ferry"})
     narrow.put(("n",), "b", {"text": "ferry", "note": "tram"})
     best, other = narrow.search(("n",), query="ferry")
@@ -163,7 +163,7 @@ def test_what_is_put_is_read_and_freed(store: KVMemStore, mem: KVMem) -> None:
     assert answer.usage.computed < 70
     assert mem.stats().store.entries > 0
     store.delete(("u",), "k")
-    mem._backend.release()
+    mem.release()
     again = mem.chat([{"role": "user", "content": "When?"}], context=[text], max_tokens=1)
     assert again.usage.computed > 70
 
@@ -211,8 +211,12 @@ def test_a_search_that_takes_long_keeps_nobody_waiting(mem: KVMem) -> None:
         go_on.set()
         assert [item.value for item in searching.result()] == [{"text": "tram"}]
     assert store.get(("n",), "a").value == {"text": "ferry"}  # type: ignore[union-attr]
-    broken = KVMemStore(mem, retriever=BM25Retriever(), prefill=False)
-    broken._retriever.score = lambda *_: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+
+    class Broken(BM25Retriever):
+        def score(self, *_: Any) -> list[float]:
+            raise ZeroDivisionError
+
+    broken = KVMemStore(mem, retriever=Broken(), prefill=False)
     with pytest.raises(ZeroDivisionError):
         broken.batch([PutOp(("n",), "b", {"text": "x"}), SearchOp(("n",), query="tram")])
     assert store.get(("n",), "b") is None

@@ -229,13 +229,10 @@ def test_the_llm_that_is_given_is_the_one_that_answers(mem: KVMem) -> None:
     shorter = KVMemQueryEngine.from_index(index, llm, max_tokens=2)
     assert shorter.query("Who?").metadata["usage"]["generated"] == 2  # type: ignore[index]
     assert llm.max_new_tokens == 3
-    before = Settings._llm
-    Settings.llm = llm
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Settings, "_llm", llm)
         assert "pirate" in asked(KVMemQueryEngine.from_index(index))
         assert "pirate" in asked(KVMemQueryEngine.from_args(index.as_retriever()))
-    finally:
-        Settings._llm = before
     with pytest.raises(InputError, match="keeps no caches"):
         KVMemQueryEngine.from_index(index, llama_index.core.llms.MockLLM())  # type: ignore[arg-type]
     for wrong in ({"temperature": -1}, {"blend": "typo"}, {"max_tokens": 0}, {"no_such": 1}):
