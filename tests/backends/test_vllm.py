@@ -336,11 +336,11 @@ def test_one_answer_that_fails_ends_the_others_of_its_batch(mem: KVMem, server: 
     server.pause = 0.05
     server.fails = [None, None, None, 400]
     with pytest.raises(RemoteError, match="not now"):
-        mem.batch([f"When does number {n} leave?" for n in range(8)], max_tokens=2000)
+        mem.batch([f"When does number {n} leave?" for n in range(8)], max_tokens=40)
     while server.running:
         time.sleep(0.01)
     assert server.aborted >= 3
-    assert server.finished == before
+    assert server.finished == before + 1  # the first, which runs alone
 
 
 def test_the_command_line_asks_a_server_too(url: str, tmp_path: Path) -> None:
