@@ -65,6 +65,24 @@ def speed(
 
 
 @app.command()
+def library(
+    size: Annotated[list[int] | None, typer.Option(help="Number of documents; can be repeated.")] = None,
+    others: Annotated[int, typer.Option(min=0, help="Records of other namespaces in the store.")] = 50_000,
+    samples: Annotated[int, typer.Option(min=1)] = 20,
+    seed: int = 0,
+    output: Output = RESULTS,
+) -> None:
+    """Measure how the cost of each operation grows with the number of documents, with a tiny random model."""
+    with errors():
+        from benchmarks import library as benchmark
+        from kvmem.measure import write_json
+
+        result = benchmark.run(size or [1_000, 5_000, 20_000], others, samples, seed)
+        write_json(output / "library.json", result)
+        out.print(benchmark.table(result))
+
+
+@app.command()
 def task(
     model: Model = "smollm2",
     cases: Annotated[int, typer.Option(min=1)] = 80,

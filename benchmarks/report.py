@@ -69,6 +69,23 @@ def _store(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def _library(result: dict[str, Any]) -> list[str]:
+    settings = result["settings"]
+    rows = [
+        (name, *(f"{1000 * row['seconds'][name]:.1f} ms" for row in result["rows"]), f"{exponent:.2f}")
+        for name, exponent in result["exponents"].items()
+    ]
+    return [
+        "## Many documents",
+        "",
+        f"One namespace of short documents beside {settings['others']:,} records of others, on disk. Medians of "
+        f"{settings['samples']} calls, without the time that the model computes. The exponent is the slope of log(time) "
+        "over log(documents): 0 is independent of the number of documents, 1 is linear.",
+        "",
+        *_table(("", *(f"{row['documents']:,}" for row in result["rows"]), "exponent"), rows),
+    ]
+
+
 def _fidelity(result: dict[str, Any]) -> list[str]:
     rows = []
     for name, row in result["summary"].items():
@@ -393,6 +410,7 @@ _PLOTS = {
 _SECTIONS = {
     "tried": _tried,
     "store": _store,
+    "library": _library,
     "fidelity": _fidelity,
     "speed": _speed,
     "task": _task,

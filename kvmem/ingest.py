@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from kvmem.backends.base import Backend
 from kvmem.cancellation import NEVER, Cancellation
@@ -141,13 +142,7 @@ class Ingestion:
         """Raises UnknownDocumentError; nothing is removed then."""
         with self._changing:
             removed = [corpus.get(document_id) for document_id in dict.fromkeys(document_ids)]
-            try:
-                with self._store.database.transaction():
-                    for document in removed:
-                        if not corpus.delete(document.id):
-                            raise LookupError(document.id)
-            except LookupError as gone:  # another process was faster
-                raise corpus.unknown(str(gone)) from None
+            corpus.delete([document.id for document in removed])
             for document in removed:
                 self._forget(document)
 
@@ -156,7 +151,8 @@ class Ingestion:
         with self._changing:
             removed = [document for document in corpus if document.id not in document_ids]
             for document in removed:
-                corpus.delete(document.id)
+                with suppress(UnknownDocumentError):  # another process was faster
+                    corpus.delete([document.id])
             for document in removed:
                 self._forget(document)
 
@@ -209,9 +205,9 @@ class Ingestion:
         another context, so that a prompt of the whole corpus is exact.
         """
         room = self._window - sum(map(len, prefix)) - self._settings.max_tokens
-        every = corpus.select(None)
-        if sum(every.sizes) <= room:
-            self._backend.read([*prefix, *self._chunker.spans(every.chunks)], cancellation, frozenset(new))
+        if corpus.fits(room):
+            every = self._chunker.spans(corpus.select(None).chunks)
+            self._backend.read([*prefix, *every], cancellation, frozenset(new))
             return
         for document in documents:
             self._read_alone(prefix, self._spans(document), cancellation)

@@ -154,7 +154,7 @@ def test_a_change_by_a_machine_whose_clock_is_behind_is_seen(monkeypatch: Any) -
     """Over a shared file system, the newest record wins, whatever the clocks say."""
     stores = [FsspecStore("memory://clocks") for _ in range(2)]
     ahead, behind = (store.database.records("ns", "document") for store in stores)
-    view = RecordView(ahead, lambda record: record.value["n"])
+    view = RecordView(stores[0].database, "ns", "document", lambda record: record.value["n"])
     ahead.put("x", {"n": 1})
     assert view.all() == [1]
     monkeypatch.setattr("kvmem.store.records.time.time_ns", lambda: 5)

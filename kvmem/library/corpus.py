@@ -105,9 +105,9 @@ class Corpus:
         self.namespace, self.kind, self._chunker = namespace, kind, chunker
         # How many chunks stand in prompts as a text.
         self._uses: Counter[str] = Counter()
-        self._database = database
+        self._known_tokens = 0
         self._records = database.records(namespace, kind)
-        self._view = RecordView(self._records, self._parse, self._count)
+        self._view = RecordView(database, namespace, kind, self._parse, self._count)
         self._selected: tuple[list[_Row], Selection] | None = None
 
     def _parse(self, record: Record) -> _Row:
@@ -118,10 +118,10 @@ class Corpus:
         return _Row(document, self._chunker.chunks_of(document), tuple(value["sizes"]) if known else None)
 
     def _count(self, old: _Row | None, new: _Row | None) -> None:
-        for chunk in () if old is None else old.chunks:
-            self._uses[standing(chunk.heading + chunk.text)] -= 1
-        for chunk in () if new is None else new.chunks:
-            self._uses[standing(chunk.heading + chunk.text)] += 1
+        for row, sign in ((old, -1), (new, 1)):
+            for chunk in () if row is None else row.chunks:
+                self._uses[standing(chunk.heading + chunk.text)] += sign
+            self._known_tokens += sign * sum((row and row.sizes) or ())
 
     def put(self, document: Document) -> Document:
         """Keep `document`, split into chunks unless it has some; one of the same id keeps its place."""
@@ -166,9 +166,12 @@ class Corpus:
         row = self._view.get(document_id)
         return None if row is None else _copy(row.document)
 
-    def delete(self, document_id: str) -> bool:
-        """False if it is not there."""
-        return self._records.delete(document_id)
+    def delete(self, document_ids: Sequence[str]) -> None:
+        """Delete documents, all or none. Raises UnknownDocumentError."""
+        try:
+            self._view.delete(document_ids)
+        except KeyError as error:
+            raise self.unknown(error.args[0]) from None
 
     def clear(self) -> None:
         self._records.clear()
@@ -197,6 +200,12 @@ class Corpus:
             kept = self._selected = rows, self._selection(rows)
         return kept[1]
 
+    def fits(self, room: int) -> bool:
+        """Whether all chunks together have at most `room` tokens."""
+        self._view.refresh()
+        # Documents whose tokens were counted under another scheme are not in the sum.
+        return self._known_tokens <= room and sum(self.select(None).sizes) <= room
+
     def _selection(self, rows: Sequence[_Row]) -> Selection:
         chunks = [chunk for row in rows for chunk in row.chunks]
         if any(row.sizes is None for row in rows):
@@ -223,7 +232,7 @@ class Corpus:
 
     def is_used(self, text: str) -> bool:
         """Whether any document has a chunk that stands in prompts as `text`."""
-        self._view.all()
+        self._view.refresh()
         return self._uses.get(text, 0) > 0
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from kvmem.errors import PromptTooLongError
 
 Mode = Literal["whole", "route", "retrieve"]
@@ -112,14 +114,12 @@ def make_plan(
 
 def _route(chunks: Sequence[int], documents: Sequence[str], relevance: Sequence[float], room: int) -> list[int]:
     """The chunks of the documents that score clearly best, if there are few and they fit; otherwise empty."""
-    best: dict[str, float] = {}
-    for document, score in zip(documents, relevance, strict=True):
-        best[document] = max(score, best.get(document, 0.0))
-    top = max(best.values())
-    likely = {document for document, score in best.items() if score >= CLEARLY * top}
+    top = max(relevance)
+    likely = {document for document, score in zip(documents, relevance, strict=True) if score >= CLEARLY * top}
+    if top <= 0 or len(likely) > _FEW:
+        return []
     taken = [i for i, document in enumerate(documents) if document in likely]
-    fits = top > 0 and len(likely) <= _FEW and sum(chunks[i] for i in taken) <= room
-    return taken if fits else []
+    return taken if sum(chunks[i] for i in taken) <= room else []
 
 
 def _retrieve(
@@ -136,9 +136,11 @@ def _retrieve(
             room -= chunks[index]
 
     seen: set[int] = set()
-    for index in sorted(range(len(chunks)), key=lambda i: (-relevance[i], i)):
-        if relevance[index] > 0 or not taken:
-            take(index)
+    smallest = min(chunks)
+    for index in np.argsort(-np.asarray(relevance, dtype=np.float64), kind="stable").tolist():
+        if room < smallest or (taken and relevance[index] <= 0):
+            break
+        take(index)
     if documents is not None:
         for index in tuple(taken):
             for near in (index - 1, index + 1):

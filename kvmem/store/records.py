@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, Generic, Protocol, TypeVar
 
 import xxhash
@@ -138,30 +137,58 @@ class RecordView(Generic[T]):
 
     def __init__(
         self,
-        records: Records,
+        database: Database,
+        namespace: str,
+        kind: str,
         parse: Callable[[Record], T],
         changed: Callable[[T | None, T | None], None] = lambda old, new: None,
     ) -> None:
-        self._records, self._parse, self._changed = records, parse, changed
+        self._database, self._records = database, database.records(namespace, kind)
+        self._parse, self._changed = parse, changed
         self._lock = threading.RLock()
         self._head = Head()
         # Records that are there and cannot be parsed: the database counts them, and we do not.
         self._damaged = 0
-        self._keys: dict[str, int] = {}
-        self._positions: list[int] = []
-        self._parsed: list[T] = []
+        self._rows: dict[str, tuple[int, T]] = {}
+        self._last = -1
+        self._parsed: list[T] | None = []
+
+    def refresh(self) -> None:
+        """Take up what has changed."""
+        with self._lock:
+            self._refresh()
 
     def all(self) -> list[T]:
         """What was parsed, by position. The list is the same object until a record changes; do not change it."""
         with self._lock:
             self._refresh()
+            if self._parsed is None:
+                self._parsed = [parsed for _, parsed in self._rows.values()]
             return self._parsed
 
     def get(self, key: str) -> T | None:
         with self._lock:
             self._refresh()
-            place = self._keys.get(key)
-            return None if place is None else self._parsed[place]
+            found = self._rows.get(key)
+            return None if found is None else found[1]
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete records, all or none. Other records are not looked at, however many there are.
+
+        Raises KeyError with a key that is not there.
+        """
+        with self._lock:
+            self._refresh()
+            with self._database.transaction():
+                alone = self._records.head() == self._head
+                for key in keys:
+                    if not self._records.delete(key):
+                        raise KeyError(key)
+                head = self._records.head()
+            if alone and self._database.transactional and all(key in self._rows for key in keys):
+                for key in keys:
+                    self._changed(self._rows.pop(key)[1], None)
+                self._parsed, self._head = None, head
 
     def _refresh(self) -> None:
         head = self._records.head()
@@ -169,45 +196,31 @@ class RecordView(Generic[T]):
             return
         # A database without a counter goes back when its newest record is removed.
         seen = self._head.revision if head.revision >= self._head.revision else 0
-        parsed = self._parsed.copy()
+        self._parsed, moved = None, False
         for record in self._records.since(seen):
-            new, place = self._parse(record), self._keys.get(record.key)
-            if place is None:
-                place = self._keys[record.key] = len(parsed)
-                parsed.append(new)
-                self._positions.append(record.position)
-                self._changed(None, new)
-            else:
-                self._changed(parsed[place], new)
-                parsed[place], self._positions[place] = new, record.position
-        self._parsed = parsed
-        if len(self._keys) + self._damaged != head.count:
+            new, old = self._parse(record), self._rows.get(record.key)
+            self._changed(None if old is None else old[1], new)
+            self._rows[record.key] = record.position, new
+            moved = moved or (record.position < self._last if old is None else record.position != old[0])
+            self._last = max(self._last, record.position)
+        if len(self._rows) + self._damaged != head.count:
             self._drop_missing()
-        if any(later < earlier for earlier, later in pairwise(self._positions)):
-            self._keep(sorted(self._keys, key=lambda key: self._positions[self._keys[key]]))
+        if moved:
+            self._rows = dict(sorted(self._rows.items(), key=lambda item: item[1][0]))
         self._head = head
 
     def _drop_missing(self) -> None:
         there = set(self._records.keys())
-        for key, place in self._keys.items():
-            if key not in there:
-                self._changed(self._parsed[place], None)
-        self._keep([key for key in self._keys if key in there])
-        self._damaged = len(there) - len(self._keys)
-
-    def _keep(self, keys: Sequence[str]) -> None:
-        """Only these, in this order."""
-        places = [self._keys[key] for key in keys]
-        self._parsed = [self._parsed[place] for place in places]
-        self._positions = [self._positions[place] for place in places]
-        self._keys = {key: number for number, key in enumerate(keys)}
+        for key in [key for key in self._rows if key not in there]:
+            self._changed(self._rows.pop(key)[1], None)
+        self._damaged = len(there) - len(self._rows)
 
     def release(self) -> None:
         """Forget what is kept in memory."""
         with self._lock:
-            for row in self._parsed:
-                self._changed(row, None)
-            self._head, self._keys, self._positions, self._parsed, self._damaged = Head(), {}, [], [], 0
+            for _, parsed in self._rows.values():
+                self._changed(parsed, None)
+            self._head, self._rows, self._last, self._parsed, self._damaged = Head(), {}, -1, [], 0
 
 
 @dataclass

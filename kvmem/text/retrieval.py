@@ -93,7 +93,8 @@ class BM25Retriever:
         known = [term for term in _terms([question])[0] if term in index.vocab_dict]
         if not known:
             return [0.0] * len(texts)
-        return [float(s) for s in index.get_scores(known)]
+        scores: list[float] = index.get_scores(known).tolist()
+        return scores
 
 
 _KEPT_VECTORS = 100_000

@@ -46,7 +46,7 @@ def test_a_view_follows_changes(store: Store) -> None:
         parsed.append(record.key)
         return int(record.value["n"])
 
-    view = RecordView(records, parse, lambda old, new: changes.append((old, new)))
+    view = RecordView(store.database, "ns", "kind", parse, lambda old, new: changes.append((old, new)))
     for n, key in enumerate(("b", "a", "c")):
         records.put(key, {"n": n})
     assert view.all() == [0, 1, 2]
@@ -62,6 +62,42 @@ def test_a_view_follows_changes(store: Store) -> None:
     assert view.all() == []
     records.put("b", {"n": 7})
     assert view.all() == [7]
+
+
+def test_a_view_deletes_without_looking_at_other_records(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless someone else changed records meanwhile; a key that is not there undoes the rest."""
+    database = store.database
+    records = database.records("ns", "kind")
+    changes: list[tuple[Any, Any]] = []
+    view = RecordView(database, "ns", "kind", lambda r: int(r.value["n"]), lambda old, new: changes.append((old, new)))
+    for n in range(6):
+        records.put(str(n), {"n": n})
+    assert view.all() == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(KeyError, match="'9'"):
+        view.delete(["1", "9"])
+    left = [0, 1, 2, 3, 4, 5] if database.transactional else [0, 2, 3, 4, 5]
+    assert view.all() == left
+    listed: list[str] = []
+    keys = type(records).keys
+    monkeypatch.setattr(type(records), "keys", lambda self, prefix="": listed.append(prefix) or keys(self, prefix))
+    view.delete(["2", "4"])
+    assert view.all() == [n for n in left if n not in (2, 4)]
+    assert view.get("2") is None
+    assert (2, None) in changes
+    assert listed == [] or not database.transactional
+
+    real, heads = type(records).head, iter([True])
+
+    def head(self: Any) -> Any:
+        """Another process deletes a record behind the first look."""
+        found = real(self)
+        if next(heads, False):
+            records.delete("5")
+        return found
+
+    monkeypatch.setattr(type(records), "head", head)
+    view.delete(["3"])
+    assert view.all() == [n for n in left if n in (0, 1)]
 
 
 def test_a_store_of_an_earlier_version_is_migrated(tmp_path: Path) -> None:
