@@ -19,9 +19,9 @@ from kvmem.measure import describe
 from kvmem.store import DiskStore
 from kvmem.testing import tiny_model
 
-WORDS = [
-    a + b for a in ("al", "bre", "ced", "dov", "el", "fen", "gar", "hol") for b in ("der", "ok", "ton", "mere", "by")
-]
+STEMS = ("al", "bre", "ced", "dov", "el", "fen", "gar", "hol")
+WORDS = [stem + ending for stem in STEMS for ending in ("der", "ok", "ton", "mere", "by")]
+# Other namespaces.
 OTHERS = 50
 # Tokens of documents in a prompt: four or five texts, so that what grows is the corpus, not the prompt.
 CONTEXT = 600
@@ -87,22 +87,14 @@ def _fill_others(store: DiskStore, count: int, draw: random.Random) -> None:
     with store.database.transaction():
         for number in range(count):
             records = store.database.records(f"other-{number % OTHERS}", "document")
-            text = _text(draw)
-            value: dict[str, Any] = {
-                "id": str(number),
-                "metadata": {},
-                "chunks": [text],
-                "heading": None,
-                "scheme": "",
-                "sizes": [9],
-            }
-            records.put(str(number), value)
+            value: dict[str, Any] = {"id": str(number), "metadata": {}, "chunks": [_text(draw)], "heading": None}
+            records.put(str(number), {**value, "scheme": "", "sizes": [9]})
 
 
 def _measure(mem: KVMem, size: int, samples: int, draw: random.Random, clock: ModelClock) -> dict[str, float]:
-    def timed(call: Callable[[int], object], count: int = samples) -> float:
+    def timed(call: Callable[[int], object]) -> float:
         seconds = []
-        for number in range(count):
+        for number in range(samples):
             began, computed = time.perf_counter(), clock.seconds
             call(number)
             seconds.append(time.perf_counter() - began - (clock.seconds - computed))

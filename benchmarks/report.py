@@ -80,7 +80,8 @@ def _library(result: dict[str, Any]) -> list[str]:
         "",
         f"One namespace of short documents beside {settings['others']:,} records of others, on disk. Medians of "
         f"{settings['samples']} calls, without the time that the model computes. The exponent is the slope of log(time) "
-        "over log(documents): 0 is independent of the number of documents, 1 is linear.",
+        "over log(documents): 0 is independent of the number of documents, 1 is linear. The namespace has "
+        f"{settings['samples']} memories at every size, so Memory.forget does not show how forgetting grows with memories.",
         "",
         *_table(("", *(f"{row['documents']:,}" for row in result["rows"]), "exponent"), rows),
     ]

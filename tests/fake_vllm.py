@@ -19,6 +19,7 @@ class FakeVLLM:
     """Says "abcdef...", a letter a token. prompts: bodies of the requests for completions, in order.
 
     fails: statuses to answer the next requests with; None answers one normally.
+    hangs_after: replies to write; later ones write nothing until their client leaves.
     breaks_after: pieces after which a reply breaks off. pause: seconds before every piece.
     finished: replies written to their end. aborted: replies whose client left.
     """
@@ -30,6 +31,7 @@ class FakeVLLM:
     window: int = 4096
     key: str | None = None
     fails: list[int | None] = field(default_factory=list)
+    hangs_after: int | None = None
     breaks_after: int | None = None
     pause: float = 0.0
     prompts: list[dict[str, Any]] = field(default_factory=list)
@@ -85,6 +87,8 @@ class FakeVLLM:
         self.running += 1
         self.most = max(self.most, self.running)
         try:
+            if self.finished == self.hangs_after:
+                await asyncio.Event().wait()
             for number in range(count):
                 await asyncio.sleep(self.pause)
                 if number == self.breaks_after:

@@ -105,6 +105,7 @@ class Corpus:
         self.namespace, self.kind, self._chunker = namespace, kind, chunker
         # How many chunks stand in prompts as a text.
         self._uses: Counter[str] = Counter()
+        # Tokens of all documents but those whose tokens were counted under another scheme.
         self._known_tokens = 0
         self._records = database.records(namespace, kind)
         self._view = RecordView(database, namespace, kind, self._parse, self._count)
@@ -119,9 +120,11 @@ class Corpus:
 
     def _count(self, old: _Row | None, new: _Row | None) -> None:
         for row, sign in ((old, -1), (new, 1)):
-            for chunk in () if row is None else row.chunks:
+            if row is None:
+                continue
+            for chunk in row.chunks:
                 self._uses[standing(chunk.heading + chunk.text)] += sign
-            self._known_tokens += sign * sum((row and row.sizes) or ())
+            self._known_tokens += sign * sum(row.sizes or ())
 
     def put(self, document: Document) -> Document:
         """Keep `document`, split into chunks unless it has some; one of the same id keeps its place."""
@@ -203,7 +206,6 @@ class Corpus:
     def fits(self, room: int) -> bool:
         """Whether all chunks together have at most `room` tokens."""
         self._view.refresh()
-        # Documents whose tokens were counted under another scheme are not in the sum.
         return self._known_tokens <= room and sum(self.select(None).sizes) <= room
 
     def _selection(self, rows: Sequence[_Row]) -> Selection:

@@ -123,7 +123,7 @@ class RequestBuilder:
         if k < 1:
             raise InputError(f"k must be at least 1, not {k}.")
         chunks = self._select(scope, NEVER).chunks
-        scores = (scope.retriever or self._retriever).score(question, chunks)
+        scores = _scores(scope.retriever or self._retriever, question, chunks)
         best = sorted(range(len(chunks)), key=lambda i: (-scores[i], i))[:k]
         found = ((chunks[i], scores[i]) for i in best if scores[i] > 0)
         return tuple(_source(chunk, score) for chunk, score in found)
@@ -217,7 +217,7 @@ class RequestBuilder:
         scores: list[float] = []
 
         def score() -> Sequence[float]:
-            scores.extend(ranking.score(question, chunks))
+            scores.extend(_scores(ranking, question, chunks))
             return scores
 
         before = sum(map(len, layout.before))
@@ -300,6 +300,16 @@ class RequestBuilder:
                 )
             chunks.append(chunk)
         return Selection(chunks, self._chunker.sizes(chunks))
+
+
+def _scores(retriever: Retriever, question: str, chunks: Sequence[Chunk]) -> Sequence[float]:
+    scores = retriever.score(question, chunks)
+    if len(scores) != len(chunks):
+        raise InputError(
+            f"{type(retriever).__name__}.score() returned {len(scores)} scores for {len(chunks)} chunks. "
+            "Return one score per chunk, in the given order."
+        )
+    return scores
 
 
 def _source(chunk: Chunk, score: float | None) -> Source:

@@ -154,7 +154,7 @@ class RecordView(Generic[T]):
         self._parsed: list[T] | None = []
 
     def refresh(self) -> None:
-        """Take up what has changed."""
+        """Parse the records that have changed since the last look."""
         with self._lock:
             self._refresh()
 

@@ -125,6 +125,21 @@ class Words:
         return [float(len(asked & set(chunk.text.replace(".", "").split())) > 4) for chunk in chunks]
 
 
+@pytest.mark.parametrize("difference", [-1, 1])
+def test_a_retriever_must_return_one_score_per_chunk(mem: KVMem, difference: int) -> None:
+    """Too few or too many would rank the wrong texts."""
+
+    class Wrong:
+        def score(self, question: str, chunks: Sequence[Chunk]) -> list[float]:
+            return [1.0] * (len(chunks) + difference)
+
+    mem.add_all(facts_corpus(), read=False)
+    with pytest.raises(InputError, match=r"Wrong\.score\(\) returned"):
+        mem.retrieve("Who?", 2, retriever=Wrong())
+    with pytest.raises(InputError, match="one score per chunk"):
+        mem.ask("Who?", retriever=Wrong())
+
+
 @pytest.mark.parametrize("retriever", [None, Words(), HybridRetriever(embed)], ids=["default", "own", "hybrid"])
 def test_a_corpus_of_ten_windows_is_routed_or_retrieved_from(tmp_path: Path, retriever: Any) -> None:
     """50 questions on 40 documents: never too long, and the right document is nearly always in the prompt."""
