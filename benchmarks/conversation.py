@@ -22,6 +22,7 @@ from kvmem.engine import KVMem
 from kvmem.measure import describe, track
 from kvmem.memory import Memory
 from kvmem.model.local import LanguageModel
+from kvmem.results import Answer
 
 _PROFILE = "The user is Anna, a baker in Port Ellery, who travels by night train, drinks tea, and likes short answers."
 _FACTS = (
@@ -66,20 +67,7 @@ def run(
                 messages.append({"role": "user", "content": f"{draw.choice(_WORDS)}? It is question {turn}. {about}"})
                 answer = mem.chat(messages, context=context, thread="bench")
                 ids = mem.build_prompt(messages, context=context).prompt.token_ids
-                full = _read_anew(model, ids)
-                usage = answer.usage
-                rows.append(
-                    {
-                        "turn": turn + 1,
-                        "prompt_tokens": usage.prompt,
-                        "usage": vars(usage),
-                        "work": usage.token_layers / model.depth,
-                        "first_token": answer.timings.first_token,
-                        "full": full,
-                        "ratio": answer.timings.first_token / full,
-                        "dropped": answer.plan.dropped,
-                    }
-                )
+                rows.append({"turn": turn + 1, **_row(answer, model, _read_anew(model, ids))})
                 messages.append({"role": "assistant", "content": answer.text})
         finally:
             mem.close()
@@ -88,6 +76,19 @@ def run(
         **describe(model, turns=turns, seed=seed, tokens=tokens),
         "restart_before_turn": turns // 2 + 1,
         "rows": rows,
+    }
+
+
+def _row(answer: Answer, model: LanguageModel, full: float) -> dict[str, Any]:
+    """One turn; full: seconds that full prefill of its prompt takes."""
+    return {
+        "prompt_tokens": answer.usage.prompt,
+        "usage": vars(answer.usage),
+        "work": answer.usage.token_layers / model.depth,
+        "first_token": answer.timings.first_token,
+        "full": full,
+        "ratio": answer.timings.first_token / full,
+        "dropped": answer.plan.dropped,
     }
 
 

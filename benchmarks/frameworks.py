@@ -106,9 +106,20 @@ def _langchain(model: LanguageModel, corpus: KVMem, mem: KVMem, k: int, tokens: 
     }
 
 
+def _streamed(engine: Any) -> Ask:
+    """A LlamaIndex query engine as a function that yields the pieces of its answer."""
+
+    def ask(question: str) -> Iterator[str]:
+        response = engine.query(question)
+        if not hasattr(response, "response_gen"):
+            raise KVMemError(f"The query engine did not stream its response: {response}. Check streaming=True.")
+        yield from response.response_gen
+
+    return ask
+
+
 def _llama_index(model: LanguageModel, corpus: KVMem, mems: Sequence[KVMem], k: int, tokens: int) -> dict[str, Ask]:
     try:
-        from llama_index.core.base.response.schema import StreamingResponse
         from llama_index.core.query_engine import RetrieverQueryEngine
         from llama_index.core.retrievers import BaseRetriever
         from llama_index.llms.huggingface import HuggingFaceLLM
@@ -135,22 +146,13 @@ def _llama_index(model: LanguageModel, corpus: KVMem, mems: Sequence[KVMem], k: 
         generate_kwargs={"do_sample": False},
     )
 
-    def streamed(engine: Any) -> Ask:
-        def ask(question: str) -> Iterator[str]:
-            response = engine.query(question)
-            if not isinstance(response, StreamingResponse):
-                raise KVMemError(f"The query engine did not stream its response: {response}. Check streaming=True.")
-            yield from response.response_gen
-
-        return ask
-
     ours = KVMemLLM(mem=mems[0], max_new_tokens=tokens)
     retriever = Retriever()
     options: dict[str, Any] = {"streaming": True}
     return {
-        "LlamaIndex, HuggingFaceLLM": streamed(RetrieverQueryEngine.from_args(retriever, llm=theirs, **options)),
-        "LlamaIndex, KVMemLLM": streamed(RetrieverQueryEngine.from_args(retriever, llm=ours, **options)),
-        "LlamaIndex, KVMemQueryEngine": streamed(
+        "LlamaIndex, HuggingFaceLLM": _streamed(RetrieverQueryEngine.from_args(retriever, llm=theirs, **options)),
+        "LlamaIndex, KVMemLLM": _streamed(RetrieverQueryEngine.from_args(retriever, llm=ours, **options)),
+        "LlamaIndex, KVMemQueryEngine": _streamed(
             KVMemQueryEngine.from_args(retriever, mems[1], max_tokens=tokens, **options)
         ),
     }

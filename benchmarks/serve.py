@@ -179,7 +179,6 @@ async def _crowd(base_url: str, model: str, seconds: float, clients: int, pid: i
             await asyncio.sleep(seconds / 60)
 
     await asyncio.gather(watch(), *(client(number) for number in range(clients)))
-    warm = memory[len(memory) // 3 :]
     return {
         "answers": sum(answered),
         "fewest": min(answered),
@@ -187,10 +186,13 @@ async def _crowd(base_url: str, model: str, seconds: float, clients: int, pid: i
         "errors": errors[0],
         "first_token_median": float(np.median(firsts)),
         "first_token_p95": float(np.percentile(firsts, 95)),
-        "memory_after_a_third": warm[0],
-        "memory_at_the_end": warm[-1],
-        "memory_highest": max(warm),
+        **_growth(memory[len(memory) // 3 :]),
     }
+
+
+def _growth(warm: list[int]) -> dict[str, int]:
+    """Memory in bytes, after the first third of the run."""
+    return {"memory_after_a_third": warm[0], "memory_at_the_end": warm[-1], "memory_highest": max(warm)}
 
 
 def _private(pid: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,6 +25,30 @@ HERE = Path(__file__).parent
 DOCUMENTS = sorted((HERE / "documents").glob("*.md"))
 RETRIEVED = (1, 2, 3, 4, 6)
 K = 2
+
+
+def show(compared: dict[str, Any], missed: dict[int, int], whole: int, chunks: int, answers: dict[str, int]) -> None:
+    """Print what retrieval missed, and the answers."""
+    asked = len(compared["rows"])
+    console = Console()
+    table = Table("in the prompt", "a part is missing", title=f"{asked} questions that need two distant parts")
+    for k, count in missed.items():
+        table.add_row(f"top {k} of {chunks} chunks", f"{count} of {asked}")
+    table.add_row("all documents, cached", f"{whole} of {asked}")
+    console.print(table)
+    shown = Table("", f"RAG, top {K}", "kvmem, all documents", title="Answers of SmolLM2-135M")
+    for row in compared["rows"]:
+        cells = []
+        for name in ("rag", "warm"):
+            cell = row["ways"][name]
+            cells.append(f"[{'green' if cell['contains'] else 'red'}]{escape(' '.join(cell['text'].split()))}")
+        shown.add_row(f"{escape(row['question'])} [dim]({escape(row['answers'][0])})", *cells)
+    console.print(shown)
+    console.print(
+        f"Right answers, of {asked}: RAG {answers['rag']}, full prefill {answers['full']}, kvmem "
+        f"{answers['warm']}, kvmem on RAG's chunks {answers['cached']}. kvmem gets both parts into the prompt; "
+        "combining them is up to the model, and this one has only 135 million parameters."
+    )
 
 
 def main() -> None:
@@ -51,25 +76,7 @@ def main() -> None:
     ways = ("rag", "full", "warm", "cached")
     answers = {name: sum(row["ways"][name]["contains"] for row in compared["rows"]) for name in ways}
 
-    console = Console()
-    table = Table("in the prompt", "a part is missing", title=f"{len(questions)} questions that need two distant parts")
-    for k, count in missed.items():
-        table.add_row(f"top {k} of {len(corpus)} chunks", f"{count} of {len(questions)}")
-    table.add_row("all documents, cached", f"{whole} of {len(questions)}")
-    console.print(table)
-    shown = Table("", f"RAG, top {K}", "kvmem, all documents", title="Answers of SmolLM2-135M")
-    for row in compared["rows"]:
-        cells = []
-        for name in ("rag", "warm"):
-            cell = row["ways"][name]
-            cells.append(f"[{'green' if cell['contains'] else 'red'}]{escape(' '.join(cell['text'].split()))}")
-        shown.add_row(f"{escape(row['question'])} [dim]({escape(row['answers'][0])})", *cells)
-    console.print(shown)
-    console.print(
-        f"Right answers, of {len(questions)}: RAG {answers['rag']}, full prefill {answers['full']}, kvmem "
-        f"{answers['warm']}, kvmem on RAG's chunks {answers['cached']}. kvmem gets both parts into the prompt; "
-        "combining them is up to the model, and this one has only 135 million parameters."
-    )
+    show(compared, missed, whole, len(corpus), answers)
     if arguments.output:
         settings = {"questions": len(questions), "chunks": len(corpus), "k": K}
         result = {"missed": {str(k): count for k, count in missed.items()}, "missed_whole": whole, "answers": answers}

@@ -10,11 +10,13 @@ from kvmem.backends.base import Backend
 from kvmem.cancellation import Cancellation
 from kvmem.errors import InputError
 from kvmem.ingest import Ingestion
-from kvmem.library.request import Request, RequestBuilder, Scope, check_messages
+from kvmem.library.request import Request, RequestBuilder
+from kvmem.library.scope import Scope
 from kvmem.library.threads import Begun, Threads, Turn, check_name, plain_message, recut
 from kvmem.model.base import AnyModel
 from kvmem.options import Blend, GenerateOptions, Sampling, as_sampling
 from kvmem.prompt.layout import Message
+from kvmem.prompt.messages import check_messages
 from kvmem.prompt.tools import Tool, Toolbox
 from kvmem.results import Answer, Prefill
 from kvmem.runtime.stream import AnswerStream, Listener

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Unpack
 
 from kvmem.errors import InputError
-from kvmem.library.request import Request, Scope, check_context
+from kvmem.library.request import Request
+from kvmem.library.scope import Scope, check_context
 from kvmem.opened import OpenedEngine
 from kvmem.options import SCOPE_NAMES, AskOptions, Blend, GenerateOptions, ScopeOptions, check_names, split_options
 from kvmem.prompt.layout import Message

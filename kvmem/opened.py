@@ -16,14 +16,16 @@ from kvmem.collection import Collection
 from kvmem.errors import InputError
 from kvmem.ingest import Ingestion, Progress
 from kvmem.library.corpus import Chunker, Corpora
-from kvmem.library.request import RequestBuilder, check_context
+from kvmem.library.request import RequestBuilder
+from kvmem.library.scope import check_context
 from kvmem.library.stats import Stats
 from kvmem.library.threads import Threads
 from kvmem.model.base import AnyModel
 from kvmem.model.local import LanguageModel
+from kvmem.options import EngineOptions
 from kvmem.prompt.layout import Typesetter
 from kvmem.runtime.worker import Worker
-from kvmem.settings import EngineOptions, Settings
+from kvmem.settings import Settings
 from kvmem.store.base import Store
 from kvmem.store.open import open_store
 from kvmem.text.document import Chunk, Document, Metadata, as_document

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
+
+from pydantic import SecretStr
 
 from kvmem.errors import InputError
 from kvmem.prompt.json_schema import Schema
-from kvmem.settings import BlendSettings
+from kvmem.settings import AttentionName, BlendSettings, RemoteSettings, SplitSettings, StoreSettings
 
 if TYPE_CHECKING:
     from kvmem.collection import Collection
     from kvmem.library.corpus import DocumentFilter
-    from kvmem.library.request import ContextTexts
+    from kvmem.library.scope import ContextTexts
     from kvmem.text.retrieval import Retriever
 
 Blend = BlendSettings | str | Mapping[str, Any] | None
@@ -187,3 +189,38 @@ def as_sampling(options: GenerateOptions, max_tokens: int) -> Sampling:
         extra=dict(extra or {}),
         **given,
     )
+
+
+class EngineOptions(TypedDict, total=False):
+    """Settings of `KVMem` by name: the fields of `Settings`, and of its parts."""
+
+    blend: BlendSettings | str | Mapping[str, Any]
+    split: SplitSettings | Mapping[str, Any]
+    storage: StoreSettings | Mapping[str, Any]
+    remote: RemoteSettings | Mapping[str, Any]
+    system: str | None
+    max_tokens: int
+    namespace: str
+    context_tokens: int | None
+    max_document_chars: int
+    buffer_bytes: int
+    dtype: str
+    device: str
+    device_map: str | dict[str, Any] | None
+    threads: int | None
+    packed: bool
+    attention: AttentionName
+    revision: str | None
+    trust_remote_code: bool
+    memory_bytes: int
+    disk_bytes: int | None
+    namespace_bytes: int | None
+    eviction: Literal["lru", "lfu"]
+    ttl: float | None
+    kv_dtype: Literal["native", "int8", "fp8"]
+    verify: Literal["first", "always", "never"]
+    api_key: SecretStr | str | None
+    retries: int
+    read_timeout: float
+    parallel: int
+    separator: str | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
@@ -249,7 +249,7 @@ class Settings(_Frozen):
     buffer_bytes: int = Field(default=1 << 28, ge=0)
 
     @classmethod
-    def parse(cls, base: Settings | None, overrides: EngineOptions | Mapping[str, Any]) -> Settings:
+    def parse(cls, base: Settings | None, overrides: Mapping[str, object]) -> Settings:
         """Apply `overrides` to `base`.
 
         Args:
@@ -282,41 +282,6 @@ class Settings(_Frozen):
             raise InputError(
                 f"The settings are not valid: {_reasons(error)}. See kvmem.settings for all settings."
             ) from None
-
-
-class EngineOptions(TypedDict, total=False):
-    """Settings of `KVMem` by name: the fields of `Settings`, and of its parts."""
-
-    blend: BlendSettings | str | Mapping[str, Any]
-    split: SplitSettings | Mapping[str, Any]
-    storage: StoreSettings | Mapping[str, Any]
-    remote: RemoteSettings | Mapping[str, Any]
-    system: str | None
-    max_tokens: int
-    namespace: str
-    context_tokens: int | None
-    max_document_chars: int
-    buffer_bytes: int
-    dtype: str
-    device: str
-    device_map: str | dict[str, Any] | None
-    threads: int | None
-    packed: bool
-    attention: AttentionName
-    revision: str | None
-    trust_remote_code: bool
-    memory_bytes: int
-    disk_bytes: int | None
-    namespace_bytes: int | None
-    eviction: Literal["lru", "lfu"]
-    ttl: float | None
-    kv_dtype: Literal["native", "int8", "fp8"]
-    verify: Literal["first", "always", "never"]
-    api_key: SecretStr | str | None
-    retries: int
-    read_timeout: float
-    parallel: int
-    separator: str | None
 
 
 def _reasons(error: ValidationError) -> str:

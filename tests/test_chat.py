@@ -14,8 +14,8 @@ from tokenizers.processors import TemplateProcessing
 
 import kvmem
 from kvmem import InputError, KVMem, LanguageModel
-from kvmem.library.request import without_oldest_turn
 from kvmem.prompt.layout import Piece, Typesetter
+from kvmem.prompt.messages import without_oldest_turn
 from kvmem.testing import tiny_model
 from kvmem.text.chunking import segment
 

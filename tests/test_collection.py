@@ -15,7 +15,7 @@ from helpers import prompts
 from kvmem import ClosedError, Collection, Document, KVMem, LanguageModel, UnknownDocumentError
 from kvmem.backends.local import LocalBackend
 from kvmem.store import DiskStore, FsspecStore, MemoryStore, Store
-from kvmem.store.records import RecordView
+from kvmem.store.view import RecordView
 from kvmem.testing import tiny_model
 
 

@@ -27,7 +27,7 @@ from kvmem import (
     Prefill,
 )
 from kvmem.blend import select
-from kvmem.kv.buffer import BlendedLayer
+from kvmem.kv.layer import BlendedLayer
 from kvmem.runtime.worker import turns_of
 from kvmem.store import MemoryStore
 from kvmem.testing import same_entry, tiny_model

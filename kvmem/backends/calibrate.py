@@ -22,7 +22,8 @@ from kvmem.cancellation import NEVER
 from kvmem.kv.buffer import BlendedCache
 from kvmem.kv.entry import EntryKey
 from kvmem.library.corpus import Chunker, Corpora
-from kvmem.library.request import RequestBuilder, Scope, prefix_of
+from kvmem.library.request import RequestBuilder, prefix_of
+from kvmem.library.scope import Scope
 from kvmem.model.local import LanguageModel
 from kvmem.options import Blend
 from kvmem.prompt.layout import DEFAULT_SYSTEM, Span, Typesetter

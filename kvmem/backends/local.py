@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 
 from kvmem.backends.resident import Residents
-from kvmem.blend.compose import Composer, Resident, Stitched
+from kvmem.blend.compose import Composer
 from kvmem.blend.repair import count_usage, plan_repair, plan_shared_repair
+from kvmem.blend.stitched import Resident, Stitched
 from kvmem.cancellation import NEVER, Cancellation
 from kvmem.decode.batch import generate_together
 from kvmem.decode.generate import generate

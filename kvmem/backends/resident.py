@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvmem.blend.compose import Resident
+from kvmem.blend.stitched import Resident
 
 
 class Residents:

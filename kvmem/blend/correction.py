@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvmem.kv.buffer import BlendedLayer
+from kvmem.kv.layer import BlendedLayer
 from kvmem.kv.rope import Rope, Turn
 from kvmem.settings import BlendSettings
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvmem.blend.compose import Stitched
 from kvmem.blend.correction import LocalCorrection
 from kvmem.blend.select import Candidates, select
+from kvmem.blend.stitched import Stitched
 from kvmem.kv.attention import Enough, Step
-from kvmem.kv.buffer import BlendedCache, BlendedLayer
+from kvmem.kv.buffer import BlendedCache
+from kvmem.kv.layer import BlendedLayer
 from kvmem.model.local import LanguageModel
 from kvmem.results import Usage
 from kvmem.settings import BlendSettings

@@ -15,29 +15,27 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache
 
+from kvmem.compare.full import generate_fully, logits_along
 from kvmem.compare.questions import Question
 from kvmem.compare.questions import generate as make_questions
 from kvmem.compare.score import contains, f1, missing
 from kvmem.compare.summary import break_even, summarise
-from kvmem.decode.generate import call_generate
 from kvmem.engine import KVMem
 from kvmem.errors import InputError, PromptTooLongError
 from kvmem.library.request import Request
-from kvmem.measure import Clock, agreement, along, describe, track
+from kvmem.measure import agreement, along, describe, track
 from kvmem.model.local import LanguageModel
-from kvmem.options import Sampling
 from kvmem.results import Answer, Prefill, Source
 
+T = TypeVar("T")
 WAYS = {
     "rag": "RAG, top {k}",
     "full": "Full prefill",
@@ -84,24 +82,20 @@ def run(
         raise InputError("There are no questions. Give some, or None to let the model write them.")
     with TemporaryDirectory(dir=scratch) as directory:
         store = Path(directory)
-        _generate(model, torch.arange(16), 2)
+        generate_fully(model, torch.arange(16), 2)
         with (
             KVMem(model, store, max_tokens=max_tokens) as mem,
             KVMem(model, store, max_tokens=max_tokens) as side,
             KVMem(model, store, max_tokens=max_tokens) as judge,
         ):
-            began = time.perf_counter()
-            read = mem.add_all(documents)
-            reading = time.perf_counter() - began
+            read, reading = _timed(lambda: mem.add_all(documents))
             first = mem.ask(_FIRST).timings
-            began = time.perf_counter()
-            mem.retrieve(_FIRST, k)
-            indexing = time.perf_counter() - began
+            _, indexing = _timed(lambda: mem.retrieve(_FIRST, k))
             asked = make_questions(model, read, count, seed) if questions is None else list(questions)
             case = _Case(mem, side, judge, store, k, max_tokens)
             case.check(asked)
             # Warm-up: the first forward pass of this size is slower than later ones.
-            _generate(model, torch.tensor(case.request(asked[0].text).prompt.token_ids), 2)
+            generate_fully(model, torch.tensor(case.request(asked[0].text).prompt.token_ids), 2)
             rows = [case.ask(question, seed + n) for n, question in enumerate(track(asked, "compare"))]
             kept = mem.stats()
     return {
@@ -120,8 +114,7 @@ def run(
         "disk_bytes": kept.store.bytes,
         "bytes_per_token": model.bytes_per_token,
         "ways": {name: label.format(k=k) for name, label in WAYS.items()},
-        "summary": {name: summarise(rows, name) for name in WAYS},
-        "break_even": {way: break_even(rows, way, "warm", reading, seed) for way in ("full", "rag")},
+        **_conclusion(rows, reading, seed),
         "rows": rows,
     }
 
@@ -190,7 +183,7 @@ class _Case:
         request = self.request(question, context)
         ids = torch.tensor(request.prompt.token_ids)
         prepared = time.perf_counter() - began
-        found = _generate(self.mem.local_model, ids, self.max_tokens)
+        found = generate_fully(self.mem.local_model, ids, self.max_tokens)
         return found | {
             "first_token": prepared + found["first_token"],
             "total": prepared + found["total"],
@@ -220,8 +213,22 @@ class _Case:
         answer, truth = read["token_ids"], read["log_probs"]
         if state.token_ids.tolist() != read["ids"].tolist():
             # Retrieved chunks may be in a different order; prefill the prompt in this order instead.
-            truth = _read_along(self.mem.local_model, state.token_ids, answer)
+            truth = logits_along(self.mem.local_model, state.token_ids, answer)
         return agreement(truth, along(self.mem.local_model, state, answer))
+
+
+def _conclusion(rows: list[dict[str, Any]], reading: float, seed: int) -> dict[str, Any]:
+    return {
+        "summary": {name: summarise(rows, name) for name in WAYS},
+        "break_even": {way: break_even(rows, way, "warm", reading, seed) for way in ("full", "rag")},
+    }
+
+
+def _timed(call: Callable[[], T]) -> tuple[T, float]:
+    """What a call returns, and its seconds."""
+    began = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - began
 
 
 def _texts(sources: Sequence[Source]) -> list[str]:
@@ -240,44 +247,6 @@ def _of(answer: Answer, depth: int, before: float = 0.0) -> dict[str, Any]:
         "usage": vars(answer.usage),
         "texts": _texts(answer.sources),
     }
-
-
-def _generate(model: LanguageModel, ids: Tensor, max_tokens: int) -> dict[str, Any]:
-    """Generate a greedy answer with transformers' own cache, using kvmem's decoding rules.
-
-    `log_probs` has the shape [answer, vocab].
-    """
-    clock = Clock()
-    began = time.perf_counter()
-    output: Any = call_generate(
-        model,
-        Sampling(max_tokens),
-        [],
-        input_ids=ids[None].to(model.device),
-        attention_mask=torch.ones_like(ids)[None].to(model.device),
-        past_key_values=DynamicCache(config=model.hf.config.get_text_config()),
-        streamer=clock,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    done = time.perf_counter()
-    tokens = output.sequences[0, len(ids) :].tolist()
-    return {
-        "text": str(model.tokenizer.decode(tokens, skip_special_tokens=True)),
-        "token_ids": tokens,
-        "log_probs": torch.stack(output.logits)[:, 0].float().log_softmax(-1),
-        "first_token": clock.stamps[1] - began,
-        "total": done - began,
-        "generated": len(tokens),
-    }
-
-
-@torch.no_grad()
-def _read_along(model: LanguageModel, ids: Tensor, answer: Sequence[int]) -> Tensor:
-    """Log-probabilities [answer, vocab] along `answer`, from one forward pass over `ids` and `answer`."""
-    whole = torch.cat([ids, torch.tensor(answer[:-1], dtype=ids.dtype)]).to(model.device)
-    logits: Tensor = model.hf(whole[None], use_cache=False, logits_to_keep=len(answer)).logits[0].float()
-    return logits.log_softmax(-1)
 
 
 def _row(found: dict[str, Any], question: Question, reference: str, corpus: Sequence[str]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvmem.kv.buffer import BlendedCache, BlendedLayer
+from kvmem.kv.buffer import BlendedCache
+from kvmem.kv.layer import BlendedLayer
 from kvmem.model.local import LanguageModel
 
 SHARED_ATTENTION = "kvmem_shared"

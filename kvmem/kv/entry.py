@@ -94,7 +94,7 @@ class KVEntry:
         token_ids: The n token ids.
         start: Position of the span's first token, which is the number of tokens in its context.
         spans: Digests of the spans in its context, first to last.
-        keys: One tensor per layer group of the model (see `kvmem.kv.buffer.LayerGroup`), of shape
+        keys: One tensor per layer group of the model (see `kvmem.kv.layer.LayerGroup`), of shape
             [layers in the group, kv heads, n, head dim], in the model's dtype.
         values: Like `keys`.
         states: States of the recurrent layers after the span (see `BlendedCache.states`); empty without such layers.

@@ -16,7 +16,9 @@ from kvmem.errors import InputError, UnknownDocumentError
 from kvmem.model.base import AnyModel
 from kvmem.prompt.layout import Span, Typesetter, standing
 from kvmem.settings import SplitSettings
-from kvmem.store.records import Database, MemoryDatabase, Record, RecordView
+from kvmem.store.memory_records import MemoryDatabase
+from kvmem.store.records import Database, Record
+from kvmem.store.view import RecordView
 from kvmem.text.chunking import KnownTexts, headings, split
 from kvmem.text.document import Chunk, Document
 from kvmem.text.filters import Filter, check_filter, matches

@@ -10,16 +10,16 @@ from typing import Any, Protocol
 
 from kvmem.cancellation import NEVER, Cancellation
 from kvmem.errors import EmptyInputError, InputError, PromptTooLongError
-from kvmem.library.corpus import Chunker, Corpus, DocumentFilter, Selection
+from kvmem.library.corpus import Chunker, Corpus, Selection
+from kvmem.library.scope import Scope, check_context
 from kvmem.model.base import AnyModel
 from kvmem.prompt.layout import CONTEXT, DEFAULT_SYSTEM, Layout, Message, Piece, Prompt, Span, Typesetter, as_pieces
+from kvmem.prompt.messages import characters_of, check_messages, check_question, check_raw, text_of, without_oldest_turn
 from kvmem.prompt.plan import Plan, make_plan
 from kvmem.results import Source
 from kvmem.settings import Settings
-from kvmem.text.document import Chunk, Document, as_document, check_text
+from kvmem.text.document import Chunk, as_document
 from kvmem.text.retrieval import BM25Retriever, Retriever
-
-ContextTexts = Iterable[Any] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,23 +32,6 @@ class Request:
     sources: tuple[Source, ...]
     prepared: float
     conversation: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Scope:
-    """The texts from which a prompt is answered.
-
-    Attributes:
-        corpus: The documents of a collection.
-        documents: Ids of the documents to use, or a filter over their metadata; None uses all documents.
-        context: Texts, documents or sources to use instead of the corpus; None uses the corpus.
-        retriever: Chooses chunks if they do not all fit; None uses the engine's retriever.
-    """
-
-    corpus: Corpus
-    documents: DocumentFilter | None = None
-    context: ContextTexts = None
-    retriever: Retriever | None = None
 
 
 class Arranger(Protocol):
@@ -95,7 +78,7 @@ class RequestBuilder:
         cancellation: Cancellation = NEVER,
     ) -> Request:
         """A request to answer a question from the scope."""
-        self._check_question(question)
+        check_question(question)
         selection = self._select(scope, cancellation)
         if not selection.chunks:
             raise EmptyInputError(self._nothing(scope))
@@ -119,7 +102,7 @@ class RequestBuilder:
 
     def retrieve(self, question: str, k: int, scope: Scope) -> tuple[Source, ...]:
         """The `k` best chunks in the scope, best first."""
-        self._check_question(question)
+        check_question(question)
         if k < 1:
             raise InputError(f"k must be at least 1, not {k}.")
         chunks = self._select(scope, NEVER).chunks
@@ -158,29 +141,13 @@ class RequestBuilder:
 
     def for_raw(self, started: float, prompt: str | Sequence[int], answer_tokens: int) -> Request:
         """A request to continue a raw prompt."""
-        if isinstance(prompt, str):
-            check_text(prompt, "The prompt")
-        elif not isinstance(prompt, Sequence):
-            raise InputError(f"The prompt is of type {type(prompt).__name__}. Give a str, or a list of token ids.")
-        elif not all(isinstance(token, int) and 0 <= token < self._model.vocabulary for token in prompt):
-            raise InputError(
-                f"The prompt is not a list of token ids in [0, {self._model.vocabulary}). Use this model's tokenizer."
-            )
-        if not prompt:
-            raise EmptyInputError("The prompt is empty. Give a text or token ids.")
+        check_raw(prompt, self._model.vocabulary)
         self._check_size(len(prompt) if isinstance(prompt, str) else 0)
         layout = self._typesetter.lay_out_raw(prompt)
         plan = make_plan(
             prefix=0, chunks=(), query=layout.tokens, answer=answer_tokens, window=self._model.window, scores=tuple
         )
         return Request(started, Prompt(layout.after, layout.query), plan, (), time.perf_counter())
-
-    def _check_question(self, question: str) -> None:
-        if not isinstance(question, str):
-            raise InputError(f"The question is of type {type(question).__name__}. Give a str.")
-        check_text(question, "The question")
-        if not question.strip():
-            raise EmptyInputError("The question is empty. Ask something.")
 
     def _question(self, question: str, system: str | None) -> list[Message]:
         return _ask(question, self._system(system))
@@ -264,9 +231,9 @@ class RequestBuilder:
         Returns the layout and the number of messages left out.
         """
         kept = messages
-        while self._model.is_beyond_window(_characters(kept)) and (shorter := without_oldest_turn(kept)):
+        while self._model.is_beyond_window(characters_of(kept)) and (shorter := without_oldest_turn(kept)):
             kept = shorter
-        self._check_size(_characters(kept))
+        self._check_size(characters_of(kept))
         room = self._model.window - answer - min(context, self._model.window // 4)
         while True:
             cancellation.check()
@@ -323,42 +290,3 @@ def prefix_of(typesetter: Typesetter, system: str) -> tuple[Span, ...]:
 
 def _ask(question: str, system: str) -> list[Message]:
     return [{"role": "system", "content": [system + "\n\n", CONTEXT]}, {"role": "user", "content": question}]
-
-
-def check_context(context: Iterable[Any]) -> Iterable[Any]:
-    """Return `context` if it is a collection of texts or documents. Raises InputError."""
-    if isinstance(context, (str, bytes, Document)) or not isinstance(context, Iterable):
-        raise InputError(f"context is a single {type(context).__name__}. Give a list of texts or documents.")
-    return context
-
-
-def check_messages(messages: Sequence[Message]) -> list[Message]:
-    """The messages as a list, if they are valid. Raises InputError, EmptyInputError."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
-        raise InputError('messages is not a list. Give [{"role": "user", "content": "..."}].')
-    checked = list(messages)
-    if not checked:
-        raise EmptyInputError('The list of messages is empty. Give [{"role": "user", "content": "..."}].')
-    for message in checked:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InputError(f'{message!r} is not a message. Give {{"role": "user", "content": "..."}}.')
-        check_text(text_of(message), "A message")
-    return checked
-
-
-def text_of(message: Message) -> str:
-    return "".join(piece.text for piece in as_pieces(message.get("content")))
-
-
-def _characters(messages: Sequence[Message]) -> int:
-    return sum(len(text_of(message)) for message in messages)
-
-
-def without_oldest_turn(messages: list[Message]) -> list[Message] | None:
-    """`messages` without the oldest turn; None if only the last turn is left.
-
-    Removes everything from the first non-system message up to the next user message.
-    """
-    head = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
-    following = next((i for i in range(head + 1, len(messages)) if messages[i]["role"] == "user"), None)
-    return None if following is None else [*messages[:head], *messages[following:]]

@@ -12,7 +12,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 
 from kvmem.errors import ModelError, first_line
 from kvmem.kv.attention import Step
-from kvmem.kv.buffer import BlendedCache, LayerGroup
+from kvmem.kv.buffer import BlendedCache
+from kvmem.kv.layer import LayerGroup
 from kvmem.kv.rope import Rope
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from kvmem.kv.entry import EntryInfo, EntryKey, KVEntry
 from kvmem.store.base import Problem, StoreStats
 from kvmem.store.limits import Limits, Policy
-from kvmem.store.records import MemoryDatabase
+from kvmem.store.memory_records import MemoryDatabase
 
 
 @dataclass(eq=False)

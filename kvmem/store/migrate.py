@@ -8,10 +8,23 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 from uuid import uuid4
 
+from kvmem.store.index import Index
 from kvmem.store.records import Database, list_key
 
 logger = logging.getLogger("kvmem")
 Row = tuple[str, str, str, dict[str, Any]]
+
+
+def migrate_index(index: Index, database: Database) -> None:
+    """Migrate the records of kvmem 0.1, which were kept in the entry index as texts by name."""
+    if not index.query("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'documents'"):
+        return
+    rows = index.query("SELECT name, text FROM documents")
+    understood = migrate([(row["name"], row["text"]) for row in rows], database)
+    with index.transaction() as connection:
+        connection.executemany("DELETE FROM documents WHERE name = ?", [(name,) for name in understood])
+        if len(understood) == len(rows):
+            connection.execute("DROP TABLE documents")
 
 
 def migrate(rows: Iterable[tuple[str, str]], database: Database) -> list[str]:

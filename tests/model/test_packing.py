@@ -75,7 +75,7 @@ def test_auto_widens_half_precision_where_the_cpu_has_no_instructions_for_it(
 ) -> None:
     """A dtype that is asked for by name is kept."""
     directory = save(tmp_path)
-    monkeypatch.setattr("kvmem.model.local.has_fast_products", lambda dtype: fast or dtype == torch.float32)
+    monkeypatch.setattr("kvmem.model.loading.has_fast_products", lambda dtype: fast or dtype == torch.float32)
     loaded = LanguageModel.load(directory)
     assert {parameter.dtype for parameter in loaded.hf.parameters()} == {loaded.dtype} == {expected}
     assert LanguageModel.load(directory, ModelSettings(dtype="bfloat16")).dtype == torch.bfloat16

@@ -13,7 +13,8 @@ import pytest
 from kvmem import ClosedError, KVMem, LanguageModel, Memory, StoreError
 from kvmem.library.threads import Threads, Turn
 from kvmem.store import DiskStore, FsspecStore, MemoryStore, Store
-from kvmem.store.records import RecordView, list_key, list_prefix
+from kvmem.store.records import list_key, list_prefix
+from kvmem.store.view import RecordView
 from kvmem.testing import tiny_model
 from langchain_kvmem import KVMemStore
 

@@ -5,23 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
-from cachetools import LRUCache
 from langchain_core.embeddings import Embeddings
 from langgraph.store.base import (
     BaseStore,
     GetOp,
     Item,
     ListNamespacesOp,
-    MatchCondition,
     Op,
     PutOp,
     Result,
@@ -29,43 +23,16 @@ from langgraph.store.base import (
     SearchOp,
     TTLConfig,
     ensure_embeddings,
-    get_text_at_path,
-    tokenize_path,
 )
 
 from kvmem import Chunk, Document, InputError, KVMem, KVMemError
-from kvmem.store.records import Record, list_key
+from kvmem.store.records import list_key
 from kvmem.text.filters import matches
-from kvmem.text.retrieval import BM25Retriever, Retriever, as_unit_vectors
+from kvmem.text.retrieval import BM25Retriever, Retriever
+from langchain_kvmem.items import Batch, Found, Vectors, fits_condition, is_expired, item_of, texts_at, times_of
+from langchain_kvmem.sweeper import Sweeper
 
 logger = logging.getLogger("kvmem")
-_KEPT_VECTORS = 100_000
-_Row = Mapping[str, Any]
-_Place = tuple[tuple[str, ...], str]
-
-
-@dataclass(frozen=True)
-class _Found:
-    """An item. row: its record."""
-
-    namespace: tuple[str, ...]
-    key: str
-    row: _Row
-
-    @property
-    def texts(self) -> list[str]:
-        """What is searched of it; empty if it is not indexed."""
-        texts = self.row.get("texts")
-        return list(texts) if texts is not None else [self.row["text"]] if self.row["text"] else []
-
-
-@dataclass
-class _Batch:
-    """What a batch of operations has read, and what it is going to write."""
-
-    results: list[Result] = field(default_factory=list)
-    puts: dict[_Place, tuple[PutOp, dict[str, Any] | None]] = field(default_factory=dict)
-    searches: list[tuple[int, SearchOp, list[_Found]]] = field(default_factory=list)
 
 
 class KVMemStore(BaseStore):
@@ -105,7 +72,6 @@ class KVMemStore(BaseStore):
         "_mem",
         "_prefill",
         "_retriever",
-        "_stop_sweeping",
         "_sweeper",
         "_swept",
         "_vectors",
@@ -132,12 +98,11 @@ class KVMemStore(BaseStore):
         self._fields = [fields] if isinstance(fields, str) else list(fields or ["$"])
         embed = (index or {}).get("embed")
         self.embeddings: Embeddings | None = None if embed is None else ensure_embeddings(embed)
-        self._vectors = _Vectors()
+        self._vectors = Vectors()
         self._words, self._retriever = BM25Retriever(), retriever
         self.ttl_config = ttl
         self._swept = time.time()
-        self._sweeper: Future[None] | None = None
-        self._stop_sweeping = threading.Event()
+        self._sweeper = Sweeper(self.sweep_ttl)
 
     # Operations
 
@@ -160,9 +125,9 @@ class KVMemStore(BaseStore):
             self._vectors.keep(queries, await asyncio.gather(*map(self.embeddings.aembed_query, queries)))
         return await asyncio.to_thread(self._finish, batch)
 
-    def _read(self, ops: Iterable[Op]) -> _Batch:
+    def _read(self, ops: Iterable[Op]) -> Batch:
         """Everything that is read, and the rows to write; bad values raise before anything is written."""
-        batch = _Batch()
+        batch = Batch()
         with self._database.transaction():
             for op in ops:
                 if isinstance(op, PutOp):
@@ -179,13 +144,13 @@ class KVMemStore(BaseStore):
                     raise ValueError(f"Unknown operation type: {type(op)}")
         return batch
 
-    def _to_embed(self, batch: _Batch) -> tuple[list[str], list[str]]:
+    def _to_embed(self, batch: Batch) -> tuple[list[str], list[str]]:
         """Texts of items and queries that have no vector yet."""
         asked = [(op.query, found) for _, op, found in batch.searches if op.query and self._retriever is None]
         texts = [text for _, found in asked for item in found for text in item.texts]
         return self._vectors.missing(texts), self._vectors.missing([query for query, _ in asked])
 
-    def _finish(self, batch: _Batch) -> list[Result]:
+    def _finish(self, batch: Batch) -> list[Result]:
         for place, search, candidates in batch.searches:
             batch.results[place] = self._best(search, candidates)
         changes = []
@@ -218,7 +183,7 @@ class KVMemStore(BaseStore):
                 f"The value of {op.key!r} is not JSON: {error}. Use text, numbers, lists and mappings with text keys."
             ) from None
         fields = self._fields if op.index is None else op.index or []
-        texts = [text.strip() for one in fields for text in _texts(op.value, one) if text.strip()]
+        texts = [text.strip() for one in fields for text in texts_at(op.value, one) if text.strip()]
         text = "\n".join(texts)
         read = next((v for n in ("text", "content") if isinstance(v := op.value.get(n), str)), text).strip()
         return {"value": dict(op.value), "ttl": op.ttl, "texts": texts, "text": text, "read": read}
@@ -234,7 +199,7 @@ class KVMemStore(BaseStore):
             return was_read, None
         now = time.time()
         # What has expired is not there.
-        created = old["created"] if old is not None and not _expired(old, now) else now
+        created = old["created"] if old is not None and not is_expired(old, now) else now
         times = {"created": created, "updated": now, "order": created if old is None else old["order"]}
         expires = None if op.ttl is None else now + 60 * op.ttl
         self._records.put(key, {**row, **times, "expires": expires})
@@ -254,12 +219,12 @@ class KVMemStore(BaseStore):
 
     def _get(self, op: GetOp) -> Item | None:
         record = self._records.get(list_key(list(op.namespace), op.key))
-        if record is None or _expired(record.value, time.time()):
+        if record is None or is_expired(record.value, time.time()):
             return None
         if op.refresh_ttl:
             self._refresh(op.namespace, op.key)
         row = record.value
-        return Item(value=dict(row["value"]), key=op.key, namespace=op.namespace, **_times(row))
+        return Item(value=dict(row["value"]), key=op.key, namespace=op.namespace, **times_of(row))
 
     def _refresh(self, namespace: tuple[str, ...], key: str) -> None:
         """Restart an item's time to live, as it is by now."""
@@ -269,18 +234,18 @@ class KVMemStore(BaseStore):
             if record is not None and record.value["ttl"] is not None:
                 self._records.put(name, {**record.value, "expires": time.time() + 60 * record.value["ttl"]})
 
-    def _items(self, prefix: Sequence[str] = ()) -> list[_Found]:
+    def _items(self, prefix: Sequence[str] = ()) -> list[Found]:
         """Items below a namespace that have not expired, in the order they were first put."""
         start, now = json.dumps([list(prefix)], ensure_ascii=False)[:-2], time.time()
-        found = [_item(record) for record in self._records.scan(start) if not _expired(record.value, now)]
+        found = [item_of(record) for record in self._records.scan(start) if not is_expired(record.value, now)]
         return sorted(found, key=lambda item: item.row["order"])
 
-    def _candidates(self, op: SearchOp) -> list[_Found]:
+    def _candidates(self, op: SearchOp) -> list[Found]:
         return [item for item in self._items(op.namespace_prefix) if matches(item.row["value"], op.filter)]
 
-    def _best(self, op: SearchOp, wanted: list[_Found]) -> list[SearchItem]:
+    def _best(self, op: SearchOp, wanted: list[Found]) -> list[SearchItem]:
         """The candidates asked for, best first; scoring takes time, and holds no lock."""
-        ranked: list[tuple[_Found, float | None]] = [(item, None) for item in wanted]
+        ranked: list[tuple[Found, float | None]] = [(item, None) for item in wanted]
         if op.query:
             ranked = self._ranked(op.query, [item for item in wanted if item.texts])
             ranked += [(item, None) for item in wanted if not item.texts]
@@ -289,10 +254,10 @@ class KVMemStore(BaseStore):
             if op.refresh_ttl:
                 self._refresh(item.namespace, item.key)
             value = dict(item.row["value"])
-            found.append(SearchItem(item.namespace, item.key, value, **_times(item.row), score=score))
+            found.append(SearchItem(item.namespace, item.key, value, **times_of(item.row), score=score))
         return found
 
-    def _ranked(self, query: str, items: list[_Found]) -> list[tuple[_Found, float | None]]:
+    def _ranked(self, query: str, items: list[Found]) -> list[tuple[Found, float | None]]:
         if not items:
             return []
         chunks = [Chunk("\n".join(item.texts), item.key, 0, {}) for item in items]
@@ -306,7 +271,7 @@ class KVMemStore(BaseStore):
 
     def _list_namespaces(self, op: ListNamespacesOp) -> list[tuple[str, ...]]:
         found = {item.namespace for item in self._items()}
-        kept = [ns for ns in found if all(_fits(condition, ns) for condition in op.match_conditions or ())]
+        kept = [ns for ns in found if all(fits_condition(condition, ns) for condition in op.match_conditions or ())]
         cut = sorted({ns if op.max_depth is None else ns[: op.max_depth] for ns in kept})
         return cut[op.offset : op.offset + op.limit]
 
@@ -316,7 +281,7 @@ class KVMemStore(BaseStore):
         """Remove what has expired; returns how many items."""
         now = time.time()
         with self._database.transaction():
-            gone = [record for record in self._records.scan() if _expired(record.value, now)]
+            gone = [record for record in self._records.scan() if is_expired(record.value, now)]
             for record in gone:
                 self._records.delete(record.key)
             self._swept = now
@@ -326,88 +291,9 @@ class KVMemStore(BaseStore):
 
     def start_ttl_sweeper(self, sweep_interval_minutes: float | None = None) -> Future[None]:
         """Sweep in a thread until `stop_ttl_sweeper`, every so many minutes (5 by default). Starting twice is once."""
-        if self._sweeper is not None and not self._sweeper.done():
-            return self._sweeper
         interval = sweep_interval_minutes or (self.ttl_config or {}).get("sweep_interval_minutes") or 5
-        done: Future[None] = Future()
-        self._stop_sweeping = stop = threading.Event()
-
-        def sweep() -> None:
-            try:
-                while not stop.wait(60 * interval):
-                    try:
-                        self.sweep_ttl()
-                    except KVMemError as error:
-                        logger.warning("kvmem: expired items could not be removed: %s", error)
-            except Exception as error:  # whatever the engine's own components raise
-                done.set_exception(error)
-            else:
-                done.set_result(None)
-
-        threading.Thread(target=sweep, name="kvmem-ttl", daemon=True).start()
-        self._sweeper = done
-        return done
+        return self._sweeper.start(60 * interval)
 
     def stop_ttl_sweeper(self, timeout: float | None = None) -> bool:
         """Stop the sweeper; whether it ended within `timeout` seconds."""
-        self._stop_sweeping.set()
-        if self._sweeper is None:
-            return True
-        try:
-            self._sweeper.result(timeout)
-        except TimeoutError:
-            return False
-        self._sweeper = None
-        return True
-
-
-class _Vectors:
-    """Unit vectors by text; those used last are kept. For any thread."""
-
-    def __init__(self) -> None:
-        self._known: LRUCache[str, np.ndarray] = LRUCache(_KEPT_VECTORS)
-        self._lock = threading.Lock()
-
-    def missing(self, texts: Iterable[str]) -> list[str]:
-        with self._lock:
-            return [text for text in dict.fromkeys(texts) if text not in self._known]
-
-    def keep(self, texts: Sequence[str], vectors: Sequence[Any]) -> None:
-        """Raises InputError for what is not one vector for each text."""
-        if texts:
-            unit = as_unit_vectors(list(vectors), len(texts))
-            with self._lock:
-                self._known.update(zip(texts, unit, strict=True))
-
-    def of(self, text: str) -> np.ndarray:
-        with self._lock:
-            return self._known[text]
-
-
-def _texts(value: Mapping[str, Any], path: str) -> list[str]:
-    """What is searched of a value at a path."""
-    return list(get_text_at_path(value, path if path == "$" else tokenize_path(path)))
-
-
-def _item(record: Record) -> _Found:
-    namespace, key = json.loads(record.key)
-    return _Found(tuple(namespace), key, record.value)
-
-
-def _times(row: _Row) -> dict[str, Any]:
-    return {f"{name}_at": datetime.fromtimestamp(row[name], UTC) for name in ("created", "updated")}
-
-
-def _expired(row: _Row, now: float) -> bool:
-    return row["expires"] is not None and row["expires"] <= now
-
-
-def _fits(condition: MatchCondition, namespace: tuple[str, ...]) -> bool:
-    """Whether a namespace begins or ends as the condition says; "*" is any one label."""
-    path = condition.path
-    if condition.match_type not in ("prefix", "suffix"):
-        raise ValueError(f"Unsupported match type: {condition.match_type}")
-    if len(namespace) < len(path):
-        return False
-    part = namespace[: len(path)] if condition.match_type == "prefix" else namespace[len(namespace) - len(path) :]
-    return all(wanted in ("*", label) for label, wanted in zip(part, path, strict=True))
+        return self._sweeper.stop(timeout)

@@ -17,8 +17,8 @@ from llama_index.core.schema import BaseNode, NodeWithScore
 from kvmem import Collection, InputError, KVMem
 from llama_index_kvmem.convert import chunk_nodes, to_document, to_leaves
 from llama_index_kvmem.llm import KVMemLLM
-from llama_index_kvmem.query_engine import as_llm, only_ranks
-from llama_index_kvmem.scope import NodeSet, ScopeRetriever
+from llama_index_kvmem.scope import NodeSet, ScopeRetriever, only_ranks
+from llama_index_kvmem.synthesis import as_llm
 from llama_index_kvmem.synthesizer import TOLD, KVMemSynthesizer
 
 

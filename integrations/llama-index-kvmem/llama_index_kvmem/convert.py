@@ -5,11 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock, ToolCallBlock
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    CompletionResponse,
+    MessageRole,
+    TextBlock,
+    ToolCallBlock,
+)
 from llama_index.core.schema import BaseNode, MetadataMode, NodeRelationship, NodeWithScore, RelatedNodeInfo, TextNode
 from llama_index.core.schema import Document as LlamaDocument
 
@@ -177,3 +184,39 @@ def _call(identity: str, name: str, arguments: Any) -> dict[str, Any]:
     """A call as chat templates take it: its arguments a mapping."""
     parsed: Mapping[str, Any] = json.loads(arguments) if isinstance(arguments, str) else dict(arguments)
     return {"id": identity, "type": "function", "function": {"name": name, "arguments": parsed}}
+
+
+def to_partial(text: str, piece: str) -> ChatResponse:
+    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), delta=piece)
+
+
+def to_last(answer: Answer, tools: bool) -> ChatResponse:
+    """The end of a stream: nothing new unless there were tools, when all of it comes at once."""
+    response = to_response(answer)
+    response.delta = answer.text if tools else ""
+    return response
+
+
+def to_response(answer: Answer) -> ChatResponse:
+    calls = [call.as_openai() for call in answer.tool_calls]
+    message = ChatMessage(
+        role=MessageRole.ASSISTANT, content=answer.text, additional_kwargs={"tool_calls": calls} if calls else {}
+    )
+    return ChatResponse(message=message, raw=to_raw(answer))
+
+
+def to_completion(response: ChatResponse) -> CompletionResponse:
+    return CompletionResponse(text=response.message.content or "", raw=response.raw, delta=response.delta)
+
+
+def to_plain(messages: Sequence[ChatMessage]) -> str:
+    """Messages for a base model, as LlamaIndex renders them for one."""
+    lines = [f"{message.role.value}: {message.content or ''}" for message in messages]
+    return "\n".join([*lines, "assistant: "])
+
+
+def without_memories(messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], list[Document]]:
+    """Messages, and apart from them what a memory block recalled: context, each memory with its own cache."""
+    spoken = [message for message in messages if DOCUMENT not in message.additional_kwargs]
+    recalled = [message for message in messages if DOCUMENT in message.additional_kwargs]
+    return spoken, [Document(m.additional_kwargs[DOCUMENT], m.content or "", {}, (m.content or "",)) for m in recalled]

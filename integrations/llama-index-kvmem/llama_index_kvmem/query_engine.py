@@ -9,33 +9,18 @@ from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.response.schema import RESPONSE_TYPE
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.indices.base import BaseIndex
-from llama_index.core.indices.vector_store.retrievers import VectorIndexRetriever
-from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.prompts import ChatPromptTemplate
-from llama_index.core.prompts.base import BasePromptTemplate
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.response_synthesizers import BaseSynthesizer, ResponseMode, get_response_synthesizer
+from llama_index.core.response_synthesizers import BaseSynthesizer
 from llama_index.core.schema import BaseNode, QueryBundle
-from llama_index.core.settings import Settings
 
-from kvmem import Collection, InputError, KVMem
-from kvmem.options import OPTION_NAMES
+from kvmem import Collection, KVMem
 from kvmem.prompt.layout import DEFAULT_SYSTEM
 from llama_index_kvmem.convert import chunk_nodes, to_document, to_leaves
-from llama_index_kvmem.llm import KVMemLLM, check_options
-from llama_index_kvmem.scope import IndexScope, NodeSet, ScopeRetriever
+from llama_index_kvmem.llm import KVMemLLM
+from llama_index_kvmem.scope import IndexScope, NodeSet, ScopeRetriever, only_ranks
+from llama_index_kvmem.synthesis import ENGINE, as_llm, check_synthesizer, fits_in, kvmem_of, make_synthesizer
 from llama_index_kvmem.synthesizer import KVMemSynthesizer, best_sources
-
-_TEMPLATES = (
-    "text_qa_template",
-    "refine_template",
-    "summary_template",
-    "simple_template",
-    "chat_content_qa_template",
-    "chat_content_refine_template",
-)
-_SYNTHESIS = frozenset((*_TEMPLATES, "response_mode", "output_cls", "use_async", "verbose", "multimodal", "system"))
 
 
 class KVMemQueryEngine(RetrieverQueryEngine):
@@ -89,16 +74,16 @@ class KVMemQueryEngine(RetrieverQueryEngine):
         response_synthesizer: BaseSynthesizer | None = None,
         **options: Any,
     ) -> None:
-        _check_synthesizer(response_synthesizer, options, streaming)
+        check_synthesizer(response_synthesizer, options, streaming)
         llm = as_llm(mem, options)
         owned = retriever is None
         if owned and "text_qa_template" not in options and "system" not in options:
             options["system"] = self._own_system(llm)
         synthesizer = response_synthesizer or make_synthesizer(llm, options, streaming, callback_manager, top_sources)
         if retriever is None:
-            kept = mem if isinstance(mem, Collection) else _kvmem(llm).engine
+            kept = mem if isinstance(mem, Collection) else kvmem_of(llm).engine
             retriever = ScopeRetriever(lambda: NodeSet(chunk_nodes(kept.chunks())), fits_in(synthesizer))
-        self.mem = _kvmem(llm).engine
+        self.mem = kvmem_of(llm).engine
         self._kvmem_llm = llm
         self._top_sources = top_sources
         super().__init__(retriever, synthesizer, list(node_postprocessors), callback_manager)
@@ -111,7 +96,7 @@ class KVMemQueryEngine(RetrieverQueryEngine):
 
     @staticmethod
     def _own_system(llm: Any) -> str:
-        system = _kvmem(llm).engine.settings.system
+        system = kvmem_of(llm).engine.settings.system
         return DEFAULT_SYSTEM if system is None else system
 
     @classmethod
@@ -141,7 +126,7 @@ class KVMemQueryEngine(RetrieverQueryEngine):
             InputError: for bad documents or options.
         """
         llm = as_llm(KVMem(model, store) if isinstance(model, str) else model, options)
-        nodes = NodeSet(to_leaves(documents, _kvmem(llm).engine))
+        nodes = NodeSet(to_leaves(documents, kvmem_of(llm).engine))
         restricted = retriever is not None and not only_ranks(retriever)
         engine = cls._over(
             llm,
@@ -151,7 +136,7 @@ class KVMemQueryEngine(RetrieverQueryEngine):
             options,
             always=retriever if restricted else None,
         )
-        engine._keep(nodes.nodes, _kvmem(llm).engine.collection(collection))
+        engine._keep(nodes.nodes, kvmem_of(llm).engine.collection(collection))
         return engine
 
     @classmethod
@@ -187,7 +172,7 @@ class KVMemQueryEngine(RetrieverQueryEngine):
             return cls._over(chosen, lambda: NodeSet([]), None, None, options, always=scope.retriever())
         engine = cls._over(chosen, scope.nodes, scope.retriever, scope.wide_retriever, options)
         # One collection for all changes: caches of what leaves the index leave the store.
-        kept = _kvmem(chosen).engine.collection(collection)
+        kept = kvmem_of(chosen).engine.collection(collection)
         scope.changed = lambda nodes: engine._keep(nodes, kept)
         scope.nodes()
         return engine
@@ -204,7 +189,7 @@ class KVMemQueryEngine(RetrieverQueryEngine):
         **options: Any,
     ) -> KVMemQueryEngine:
         """As `RetrieverQueryEngine.from_args`: answers from the retriever's nodes, and computes none of them twice."""
-        _check_synthesizer(response_synthesizer, options, streaming)
+        check_synthesizer(response_synthesizer, options, streaming)
         return cls(
             as_llm(llm, options),
             retriever=retriever,
@@ -226,7 +211,7 @@ class KVMemQueryEngine(RetrieverQueryEngine):
         always: BaseRetriever | None = None,
     ) -> KVMemQueryEngine:
         """An engine over nodes in scope; `always` is asked instead of them."""
-        own = {name: options.pop(name) for name in [*options] if name in _ENGINE}
+        own = {name: options.pop(name) for name in [*options] if name in ENGINE}
         synthesizer = make_synthesizer(
             llm, options, own.get("streaming", False), own.get("callback_manager"), own.get("top_sources")
         )
@@ -248,110 +233,3 @@ class KVMemQueryEngine(RetrieverQueryEngine):
     def llm(self) -> Any:
         """The LLM that answers."""
         return self._kvmem_llm
-
-
-_ENGINE = ("streaming", "callback_manager", "top_sources", "node_postprocessors")
-
-
-def _kvmem(llm: Any) -> KVMemLLM:
-    """The `KVMemLLM` itself, behind structured output or not."""
-    inner = llm.llm if isinstance(llm, StructuredLLM) else llm
-    if not isinstance(inner, KVMemLLM):
-        raise InputError(f"A {type(inner).__name__} keeps no caches. Give a KVMemLLM or a KVMem.")
-    return inner
-
-
-def as_llm(given: Any, options: dict[str, Any]) -> Any:
-    """The LLM that was given, or that an engine stands for; options of answers are taken out of `options` into it.
-
-    Raises InputError.
-    """
-    own = {name: options.pop(name) for name in [*options] if name in OPTION_NAMES | {"max_new_tokens"}}
-    if isinstance(given, Collection):
-        given = given.mem
-    if given is None:
-        given = Settings.llm
-    if isinstance(given, KVMem):
-        given = KVMemLLM(mem=given, max_new_tokens=given.settings.max_tokens)
-    kvmem = _kvmem(given)
-    if unknown := options.keys() - _SYNTHESIS - set(_ENGINE):
-        known = sorted(_SYNTHESIS | set(_ENGINE) | OPTION_NAMES)
-        raise InputError(f"{min(unknown)!r} is not known here. Known are: {', '.join(known)}.")
-    if not own:
-        return given
-    tokens = own.pop("max_new_tokens", None) or own.pop("max_tokens", None)
-    check_options({name: value for name, value in own.items() if name != "max_tokens"})
-    fields: dict[str, Any] = {} if tokens is None else {"max_new_tokens": _positive(tokens)}
-    stop = own.pop("stop", None)
-    if stop is not None:
-        fields["stop"] = [stop] if isinstance(stop, str) else list(stop)
-    more = {**kvmem.generate_kwargs, **(own.pop("generate_kwargs", None) or {})}
-    named = {name: own.pop(name) for name in [*own] if name in KVMemLLM.model_fields}
-    changed = kvmem.model_copy(update={**fields, **named, "generate_kwargs": {**more, **own}})
-    return given.model_copy(update={"llm": changed}) if isinstance(given, StructuredLLM) else changed
-
-
-def _positive(tokens: Any) -> int:
-    check_options({"max_tokens": tokens})
-    return int(tokens)
-
-
-def make_synthesizer(
-    llm: Any,
-    options: dict[str, Any],
-    streaming: bool,
-    callback_manager: CallbackManager | None,
-    top_sources: int | None,
-) -> BaseSynthesizer:
-    """What answers from nodes: ours for the compact mode, LlamaIndex's own over the same LLM for others."""
-    given = dict(options)
-    mode = ResponseMode(given.pop("response_mode", ResponseMode.COMPACT))
-    system = given.pop("system", None)
-    if system is not None:
-        if given.get("text_qa_template") is not None:
-            raise InputError("system and text_qa_template cannot be combined. Write the system prompt in the template.")
-        given["text_qa_template"] = system_template(system)
-    plain = not isinstance(llm, StructuredLLM) and not given.get("output_cls") and not given.get("multimodal")
-    if mode != ResponseMode.COMPACT or not plain:
-        return get_response_synthesizer(
-            llm=llm, callback_manager=callback_manager, response_mode=mode, streaming=streaming, **given
-        )
-    names = ("text_qa_template", "refine_template", "chat_content_qa_template", "chat_content_refine_template")
-    kept = {name: given[name] for name in (*names, "verbose") if given.get(name) is not None}
-    return KVMemSynthesizer(
-        llm, top_sources=top_sources, streaming=streaming, callback_manager=callback_manager, **kept
-    )
-
-
-def system_template(system: str) -> BasePromptTemplate:
-    """Nodes behind a system prompt, and the question as the user's message."""
-    return ChatPromptTemplate.from_messages([("system", system + "\n\n{context_str}"), ("user", "{query_str}")])
-
-
-def fits_in(synthesizer: BaseSynthesizer) -> Callable[[str, Sequence[str]], bool]:
-    """Whether texts fit one prompt of a synthesizer."""
-    if isinstance(synthesizer, KVMemSynthesizer):
-        return synthesizer.fits
-    probe = KVMemSynthesizer(_kvmem(synthesizer._llm))
-    return probe.fits
-
-
-def _check_synthesizer(synthesizer: BaseSynthesizer | None, options: dict[str, Any], streaming: bool) -> None:
-    """Raise InputError for what a synthesizer that was given has decided already."""
-    given = sorted(options.keys() & (_SYNTHESIS | OPTION_NAMES | {"max_new_tokens"}))
-    if synthesizer is not None and (given or streaming):
-        name = given[0] if given else "streaming"
-        raise InputError(f"response_synthesizer has its own {name}. Give it there, or leave response_synthesizer out.")
-
-
-def only_ranks(retriever: BaseRetriever) -> bool:
-    """Whether a retriever is known to leave nothing out on purpose, as a filter or a cutoff would.
-
-    An unknown retriever, or one that wraps others, may leave something out.
-    """
-    if isinstance(retriever, VectorIndexRetriever):
-        # An index names all of its nodes to its retriever.
-        chosen = set(retriever._node_ids or ()) != set(retriever._index.index_struct.nodes_dict.values())
-        narrowed = retriever._filters or retriever._doc_ids or retriever._kwargs or (retriever._node_ids and chosen)
-        return type(retriever) is VectorIndexRetriever and not narrowed
-    return type(retriever).__name__ in ("BM25Retriever", "SummaryIndexRetriever", "SummaryIndexEmbeddingRetriever")

@@ -9,6 +9,7 @@ from typing import Any
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.indices.base import BaseIndex
+from llama_index.core.indices.vector_store.retrievers import VectorIndexRetriever
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 from llama_index.core.vector_stores.simple import SimpleVectorStore
 from llama_index.core.vector_stores.types import MetadataFilters
@@ -185,3 +186,16 @@ class ScopeRetriever(BaseRetriever):
             else:
                 high = middle - 1
         return scope.with_scores(scores, sorted(ranked[:low]))
+
+
+def only_ranks(retriever: BaseRetriever) -> bool:
+    """Whether a retriever is known to leave nothing out on purpose, as a filter or a cutoff would.
+
+    An unknown retriever, or one that wraps others, may leave something out.
+    """
+    if isinstance(retriever, VectorIndexRetriever):
+        # An index names all of its nodes to its retriever.
+        chosen = set(retriever._node_ids or ()) != set(retriever._index.index_struct.nodes_dict.values())
+        narrowed = retriever._filters or retriever._doc_ids or retriever._kwargs or (retriever._node_ids and chosen)
+        return type(retriever) is VectorIndexRetriever and not narrowed
+    return type(retriever).__name__ in ("BM25Retriever", "SummaryIndexRetriever", "SummaryIndexEmbeddingRetriever")

@@ -20,8 +20,9 @@ from llama_index.core.types import RESPONSE_TEXT_TYPE
 from kvmem import Document, PromptTooLongError
 from kvmem.library.request import Request
 from kvmem.prompt.layout import CONTEXT
-from llama_index_kvmem.convert import describe, to_message
-from llama_index_kvmem.llm import PREPARED, KVMemLLM, Prepared, without_memories
+from llama_index_kvmem.convert import describe, to_message, without_memories
+from llama_index_kvmem.llm import KVMemLLM
+from llama_index_kvmem.prepared import PREPARED, Prepared
 
 dispatcher = instrument.get_dispatcher(__name__)  # type: ignore[attr-defined]
 _MARK = "\u241f"

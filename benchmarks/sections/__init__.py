@@ -1,0 +1,1 @@
+"""The sections of docs/benchmarks.md, one function for each benchmark."""
