@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ from kvmem import (
     RemoteSettings,
 )
 from kvmem.backends.vllm import VLLMModel
+from kvmem.backends.vllm.server import _Watched
+from kvmem.cancellation import Cancellation
 from kvmem.cli.main import app
 from kvmem.serve.app import create_app
 from kvmem.store import MemoryStore
@@ -342,6 +345,29 @@ def test_one_answer_that_fails_ends_the_others_of_its_batch(mem: KVMem, server: 
         time.sleep(0.01)
     assert server.running == 0
     assert server.finished == server.hangs_after
+
+
+def test_a_stream_that_opens_while_its_answer_is_cancelled_is_closed() -> None:
+    """The server would go on generating for nobody."""
+
+    class Opened:
+        closed = False
+
+        async def close(self) -> None:
+            self.closed = True
+
+    async def cancelled_at_the_last_moment() -> bool:
+        opening = asyncio.get_running_loop().create_future()
+        waiting = asyncio.ensure_future(_Watched(Cancellation()).wait(opening))
+        await asyncio.sleep(0)
+        opened = Opened()
+        opening.set_result(opened)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert waiting.cancelled()
+        return opened.closed
+
+    assert asyncio.run(cancelled_at_the_last_moment())
 
 
 def test_the_command_line_asks_a_server_too(url: str, tmp_path: Path) -> None:

@@ -152,4 +152,4 @@ def question_of(inputs: Inputs) -> str:
 
 
 def history_of(inputs: Inputs) -> list[BaseMessage]:
-    return convert_to_messages(inputs.get("chathistory_of") or [])
+    return convert_to_messages(inputs.get("chat_history") or [])

@@ -207,16 +207,20 @@ class _Watched:
                 timeout = self._cancellation.remaining
                 await asyncio.wait([task, stopping], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            task.cancel()
+            await _end(task)
             raise
         finally:
             stopping.cancel()
         if task.done() and not self._cancellation.stopped:
             return task.result()
         self.over = True
-        task.cancel()
-        await asyncio.wait([task])
-        # It may have finished just now; the server would go on generating.
-        if not task.cancelled() and task.exception() is None and hasattr(task.result(), "close"):
-            await task.result().close()
+        await _end(task)
         return None
+
+
+async def _end(task: asyncio.Future[Any]) -> None:
+    """Cancel a call. If it has just opened a stream, close it, because the server would go on generating."""
+    task.cancel()
+    await asyncio.wait([task])
+    if not task.cancelled() and task.exception() is None and hasattr(task.result(), "close"):
+        await task.result().close()

@@ -15,7 +15,8 @@ from langchain_tests.integration_tests import RetrieversIntegrationTests
 
 from kvmem import KVMem
 from kvmem.testing import tiny_model
-from langchain_kvmem import CachedContextChain, KVMemRetriever
+from langchain_kvmem import KVMemRetriever
+from langchain_kvmem.turn import TurnBuilder
 
 FACTS = [f"Fact {n}: the keeper of lighthouse number {n} has {n + 3} lamps and a dog." for n in range(6)]
 
@@ -67,14 +68,14 @@ def test_a_retriever_of_a_user_finds_the_right_document() -> None:
     with open_mem(model, None, split={"minimum": 128, "target": 320, "maximum": 512}) as mem:
         for document in documents:
             mem.add(document, read=False)
-        chain = CachedContextChain(mem, retriever=retriever)
+        builder = TurnBuilder(mem, None, retriever, None)
         found = 0
         draw = random.Random(2)
         for _ in range(50):
             name, _n = draw.choice(COMPANIES)
             question = f"How many people does {name} employ and when was {name} founded?"
-            assert chain.build({"input": question}, {}, None) is None
-            turn = chain.build({"input": question}, {}, retriever.invoke(question))
+            assert builder.build({"input": question}, {}, None) is None
+            turn = builder.build({"input": question}, {}, retriever.invoke(question))
             assert turn is not None
             assert turn.request.plan.prompt_tokens + 8 <= model.window
             found += name in {source.document_id for source in turn.request.sources}
