@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +14,7 @@ from uuid import uuid4
 from kvmem.engine import KVMem
 from kvmem.errors import InputError, UnknownMemoryError
 from kvmem.store.records import Record
+from kvmem.store.view import RecordView
 from kvmem.text.document import Chunk, Document, Metadata, as_document
 from kvmem.text.filters import check_filter, matches
 from kvmem.text.retrieval import BM25Retriever
@@ -61,6 +64,7 @@ class Memory:
         self._decay, self._clock = decay, clock
         self._database = mem.store.database
         self._records = self._database.records(mem.settings.namespace, f"{_KIND}{space}")
+        self._texts = _Texts(mem)
         self._words = BM25Retriever()
 
     def remember(
@@ -119,14 +123,8 @@ class Memory:
 
     def _release(self, gone: Sequence[MemoryItem]) -> None:
         """Remove the caches of texts that are no longer in a memory of any space."""
-        namespace = self.mem.settings.namespace
-        kept = {
-            (record.value["text"], record.value["metadata"].get("title"))
-            for kind in self._database.kinds(namespace, _KIND)
-            for record in self._database.records(namespace, kind).scan()
-        }
         for item in gone:
-            if (item.text, item.metadata.get("title")) not in kept:
+            if not self._texts.has(item):
                 self.mem.forget_text(_document(item))
 
     def get(self, id: str) -> MemoryItem:  # noqa: A002
@@ -207,9 +205,40 @@ class Memory:
         return [_document(r.item) for r in ordered]
 
 
+class _Texts:
+    """The texts of the memories of every space in an engine's namespace, counted."""
+
+    def __init__(self, mem: KVMem) -> None:
+        self._database, self._namespace = mem.store.database, mem.settings.namespace
+        self._counted: Counter[tuple[str, Any]] = Counter()
+        self._views: dict[str, RecordView[tuple[str, Any]]] = {}
+        self._lock = threading.Lock()
+
+    def has(self, item: MemoryItem) -> bool:
+        """Whether any memory has the text of `item`, under the same title."""
+        with self._lock:
+            for kind in {*self._views, *self._database.kinds(self._namespace, _KIND)}:
+                if kind not in self._views:
+                    self._views[kind] = RecordView(self._database, self._namespace, kind, _text_of, self._count)
+                self._views[kind].refresh()
+            return (item.text, item.metadata.get("title")) in self._counted
+
+    def _count(self, old: tuple[str, Any] | None, new: tuple[str, Any] | None) -> None:
+        if old is not None:
+            self._counted[old] -= 1
+            if not self._counted[old]:
+                del self._counted[old]
+        if new is not None:
+            self._counted[new] += 1
+
+
 def _document(item: MemoryItem) -> Document:
     """A memory is one chunk."""
     return Document(f"memory/{item.id}", item.text, item.metadata, (item.text,))
+
+
+def _text_of(record: Record) -> tuple[str, Any]:
+    return record.value["text"], record.value["metadata"].get("title")
 
 
 def _item(record: Record) -> MemoryItem:

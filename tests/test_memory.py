@@ -13,6 +13,7 @@ from helpers import entries_index, open_mem
 
 from kvmem import (
     AnswerTimeoutError,
+    Document,
     EmptyInputError,
     InputError,
     KVMem,
@@ -25,6 +26,7 @@ from kvmem import (
 from kvmem.backends import local
 from kvmem.library.threads import Branch, recut
 from kvmem.prompt.layout import Prompt, Span
+from kvmem.store.view import RecordView
 from kvmem.testing import tiny_model
 
 HELLO = [{"role": "user", "content": "Hello, who leaves at nine in the evening?"}]
@@ -313,6 +315,31 @@ def test_caches_that_other_memories_need_stay(mem: KVMem) -> None:
     assert not any("SECRET" in t for t in decoded(mem))
     two.forget(second.id)
     assert not any("ferry" in t for t in decoded(mem))
+
+
+def test_forgetting_a_memory_does_not_read_the_others(mem: KVMem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a text that another process remembered meanwhile keeps its caches."""
+    memory, other = Memory(mem), Memory(mem, "other")
+    first = memory.remember("The user likes tea.")
+    for number in range(5):
+        memory.remember(f"The user has seen {number} whales.")
+    memory.forget(memory.remember("The user likes milk.").id)
+    parsed: list[str] = []
+    real = RecordView.refresh
+
+    def refresh(view: RecordView[Any]) -> None:
+        parse = view._parse  # noqa: SLF001
+        view._parse = lambda record: parsed.append(record.key) or parse(record)  # noqa: SLF001
+        try:
+            real(view)
+        finally:
+            view._parse = parse  # noqa: SLF001
+
+    monkeypatch.setattr(RecordView, "refresh", refresh)
+    kept = other.remember("The user likes tea.")
+    memory.forget(first.id)
+    assert parsed == [kept.id]
+    assert mem.ask("What is it?", context=[Document("m", first.text, {}, (first.text,))], max_tokens=1).usage.exact > 0
 
 
 def test_what_a_caller_does_to_metadata_stays_with_the_caller(mem: KVMem) -> None:

@@ -8,6 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 from weakref import WeakSet
 
@@ -94,10 +95,15 @@ class _Row:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Chunks to answer from, in order. sizes: tokens of each. total: whether they are all of their collection."""
+    """Chunks to answer from, in order. sizes: tokens of each."""
 
     chunks: list[Chunk]
     sizes: list[int]
+
+    @cached_property
+    def documents(self) -> list[str]:
+        """The id of the document of each chunk."""
+        return [chunk.document_id for chunk in self.chunks]
 
 
 class Corpus:

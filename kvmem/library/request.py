@@ -195,7 +195,7 @@ class RequestBuilder:
             answer=answer_tokens,
             window=self._model.window,
             scores=score,
-            documents=[c.document_id for c in chunks] if getattr(ranking, "comparable", False) else None,
+            documents=selection.documents if getattr(ranking, "comparable", False) else None,
             limit=self._settings.context_tokens,
         )
         spans = dict(zip(plan.chunks, self._chunker.spans([chunks[i] for i in plan.chunks]), strict=True))

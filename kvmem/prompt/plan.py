@@ -114,9 +114,12 @@ def make_plan(
 
 def _route(chunks: Sequence[int], documents: Sequence[str], relevance: Sequence[float], room: int) -> list[int]:
     """The chunks of the documents that score clearly best, if there are few and they fit; otherwise empty."""
-    top = max(relevance)
-    likely = {document for document, score in zip(documents, relevance, strict=True) if score >= CLEARLY * top}
-    if top <= 0 or len(likely) > _FEW:
+    scores = np.asarray(relevance, dtype=np.float64)
+    top = scores.max()
+    if top <= 0:
+        return []
+    likely = {documents[index] for index in np.flatnonzero(scores >= CLEARLY * top).tolist()}
+    if len(likely) > _FEW:
         return []
     taken = [i for i, document in enumerate(documents) if document in likely]
     return taken if sum(chunks[i] for i in taken) <= room else []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import bm25s
@@ -72,29 +74,45 @@ class BM25Retriever:
     comparable = True
 
     def __init__(self) -> None:
-        # A single tuple that is replaced as a whole, so that CPU threads can share a retriever.
-        self._kept: tuple[tuple[str, ...], bm25s.BM25 | None] = ((), None)
+        # Replaced as a whole, so that CPU threads can share a retriever.
+        self._kept = _Indexed((), (), None)
 
     def score(self, question: str, chunks: Sequence[Chunk]) -> list[float]:
         """Return the BM25 score of each chunk; 0 for chunks without any word of the question."""
-        texts = tuple(chunk.heading + chunk.text for chunk in chunks)
-        if not texts:
+        if not chunks:
             return []
-        indexed, index = self._kept
-        if texts != indexed:
-            terms = _terms(list(texts))
-            # Texts that consist only of stop words leave nothing to index.
-            index = bm25s.BM25() if any(terms) else None
-            if index is not None:
-                index.index(terms, show_progress=False)
-            self._kept = (texts, index)
-        if index is None:
-            return [0.0] * len(texts)
-        known = [term for term in _terms([question])[0] if term in index.vocab_dict]
-        if not known:
-            return [0.0] * len(texts)
-        scores: list[float] = index.get_scores(known).tolist()
+        kept = self._kept
+        if not kept.has(chunks):
+            kept = self._kept = kept.indexed(chunks)
+        known = [] if kept.index is None else [t for t in _terms([question])[0] if t in kept.index.vocab_dict]
+        if kept.index is None or not known:
+            return [0.0] * len(chunks)
+        scores: list[float] = kept.index.get_scores(known).tolist()
         return scores
+
+
+@dataclass(frozen=True, eq=False)
+class _Indexed:
+    """Chunks and their BM25 index; None if they consist only of stop words. texts: those of the chunks."""
+
+    chunks: tuple[Chunk, ...]
+    texts: tuple[str, ...]
+    index: bm25s.BM25 | None
+
+    def has(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether these are the same objects, which is known without looking at their texts."""
+        return len(chunks) == len(self.chunks) and all(map(operator.is_, chunks, self.chunks))
+
+    def indexed(self, chunks: Sequence[Chunk]) -> _Indexed:
+        """An index of other chunks; the same one if their texts are equal."""
+        texts = tuple(chunk.heading + chunk.text for chunk in chunks)
+        if texts == self.texts:
+            return _Indexed(tuple(chunks), texts, self.index)
+        terms = _terms(list(texts))
+        index = bm25s.BM25() if any(terms) else None
+        if index is not None:
+            index.index(terms, show_progress=False)
+        return _Indexed(tuple(chunks), texts, index)
 
 
 _KEPT_VECTORS = 100_000
