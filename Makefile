@@ -5,7 +5,7 @@ STAMP  := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint types unit docs clean
+.PHONY: demo test lint types unit docs models clean
 
 PACKAGES := kvmem benchmarks integrations/langchain-kvmem/langchain_kvmem \
   integrations/llama-index-kvmem/llama_index_kvmem integrations/llama-index-kvmem/llama_index
@@ -41,6 +41,10 @@ docs: $(STAMP)
 # Two processes with one thread each. Tests in one file share models, so they run in the same process.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile --benchmark-disable
+
+# Qwen2.5-Coder-1.5B-Instruct (1.1 GB), for the tests and benchmarks that need a capable model.
+models: $(STAMP)
+	$(BIN)/python -m benchmarks.models
 
 clean:
 	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from kvmem.memory import Memory, MemoryItem, Recalled
     from kvmem.model.local import LanguageModel
     from kvmem.options import AskOptions, GenerateOptions, ScopeOptions
+    from kvmem.parsing.parts import CallPart, InvalidCall, TextPart, ThoughtPart, ToolCall
     from kvmem.prompt.plan import Plan
-    from kvmem.prompt.tools import ToolCall
     from kvmem.results import Answer, Prefill, Source, Timings, Usage
     from kvmem.runtime.stream import AnswerStream
     from kvmem.settings import BlendSettings, ModelSettings, RemoteSettings, Settings, SplitSettings, StoreSettings
@@ -63,7 +63,7 @@ _HOME = {
     "kvmem.model.local": ("LanguageModel",),
     "kvmem.options": ("AskOptions", "GenerateOptions", "ScopeOptions"),
     "kvmem.prompt.plan": ("Plan",),
-    "kvmem.prompt.tools": ("ToolCall",),
+    "kvmem.parsing.parts": ("CallPart", "InvalidCall", "TextPart", "ThoughtPart", "ToolCall"),
     "kvmem.results": ("Answer", "Prefill", "Source", "Timings", "Usage"),
     "kvmem.runtime.stream": ("AnswerStream",),
     "kvmem.settings": (
@@ -87,6 +87,7 @@ __all__ = [
     "AskOptions",
     "BM25Retriever",
     "BlendSettings",
+    "CallPart",
     "Cancellation",
     "Chunk",
     "ClosedError",
@@ -97,6 +98,7 @@ __all__ = [
     "GenerateOptions",
     "HybridRetriever",
     "InputError",
+    "InvalidCall",
     "KVMem",
     "KVMemError",
     "LanguageModel",
@@ -120,6 +122,8 @@ __all__ = [
     "Stats",
     "StoreError",
     "StoreSettings",
+    "TextPart",
+    "ThoughtPart",
     "Timings",
     "ToolCall",
     "UnknownDocumentError",

@@ -15,11 +15,14 @@ from kvmem.library.scope import Scope
 from kvmem.library.threads import Begun, Threads, Turn, check_name, plain_message, recut
 from kvmem.model.base import AnyModel
 from kvmem.options import Blend, GenerateOptions, Sampling, as_sampling
-from kvmem.prompt.layout import Message
+from kvmem.parsing import AnswerReader
+from kvmem.prompt.layout import Message, TemplateOptions
 from kvmem.prompt.messages import check_messages
+from kvmem.prompt.plan import Plan
 from kvmem.prompt.tools import Tool, Toolbox
-from kvmem.results import Answer, Prefill
-from kvmem.runtime.stream import AnswerStream, Listener
+from kvmem.results import Answer, Prefill, Source
+from kvmem.runtime.channel import PartListener
+from kvmem.runtime.stream import AnswerStream
 from kvmem.runtime.worker import Worker
 from kvmem.settings import BlendSettings
 
@@ -32,6 +35,35 @@ class _Conversation:
 
     thread: str
     messages: Sequence[Message]
+
+
+class _Reading:
+    """A listener of a backend that passes the parts of the answer on."""
+
+    def __init__(self, reader: AnswerReader, listener: PartListener) -> None:
+        self._reader, self._listener = reader, listener
+
+    def planned(self, plan: Plan, sources: tuple[Source, ...]) -> None:
+        self._listener.planned(plan, sources)
+
+    def text(self, piece: str) -> None:
+        for part in self._reader.feed(piece):
+            self._listener.part(part)
+
+    def finish(self, answer: Answer) -> Answer:
+        """The answer, taken apart."""
+        for part in self._reader.end():
+            self._listener.part(part)
+        return _taken_apart(answer, self._reader)
+
+
+def _read(answer: Answer, reader: AnswerReader) -> Answer:
+    reader.feed(answer.text)
+    return _taken_apart(answer, reader)
+
+
+def _taken_apart(answer: Answer, reader: AnswerReader) -> Answer:
+    return replace(answer, **vars(reader.finish()))
 
 
 class Answering:
@@ -51,15 +83,18 @@ class Answering:
         self._ingestion, self._threads, self._worker = ingestion, threads, worker
         self._max_tokens = max_tokens
 
-    def ask(self, question: str, scope: Scope, system: str | None, options: GenerateOptions) -> AnswerStream:
+    def ask(
+        self, question: str, scope: Scope, system: str | None, template: TemplateOptions, options: GenerateOptions
+    ) -> AnswerStream:
         """Answer a question from the scope."""
         started = time.perf_counter()
         sampling = as_sampling(options, self._max_tokens)
 
         def build(cancellation: Cancellation) -> Request:
-            return self._requests.for_question(started, question, scope, system, sampling.max_tokens, cancellation)
+            room = sampling.max_tokens
+            return self._requests.for_question(started, question, scope, system, room, template, cancellation)
 
-        return self._start(build, sampling, options)
+        return self._start(build, sampling, options, AnswerReader)
 
     def chat(
         self,
@@ -68,6 +103,7 @@ class Answering:
         thread: str | None,
         tools: Sequence[Tool] | None,
         tool_choice: str,
+        template: TemplateOptions,
         options: GenerateOptions,
     ) -> AnswerStream:
         """Continue a conversation; without a scope, no documents are in the prompt."""
@@ -82,14 +118,14 @@ class Answering:
         if toolbox is not None:
             given = toolbox.instruct(given, options.get("schema"))
             options["schema"] = toolbox.schema_with(options.get("schema"))
-        for_template = toolbox.for_template if toolbox is not None else None
+            template = replace(template, tools=toolbox.for_template)
         sampling = as_sampling(options, self._max_tokens)
 
         def build(cancellation: Cancellation) -> Request:
             room = sampling.max_tokens
-            return self._requests.for_messages(started, given, scope, room, for_template, cancellation)
+            return self._requests.for_messages(started, given, scope, room, template, cancellation)
 
-        return self._start(build, sampling, options, toolbox, kept)
+        return self._start(build, sampling, options, AnswerReader if toolbox is None else toolbox.reader, kept)
 
     def complete(self, prompt: str | Sequence[int], options: GenerateOptions) -> AnswerStream:
         """Continue a raw prompt."""
@@ -99,7 +135,7 @@ class Answering:
 
     def run(self, request: Request, options: GenerateOptions) -> AnswerStream:
         """Answer a request that was built before."""
-        return self._start(lambda _: request, as_sampling(options, self._max_tokens), options)
+        return self._start(lambda _: request, as_sampling(options, self._max_tokens), options, AnswerReader)
 
     def batch(
         self,
@@ -107,6 +143,7 @@ class Answering:
         scope: Scope,
         named: bool,
         system: str | None,
+        template: TemplateOptions,
         options: GenerateOptions,
     ) -> Sequence[Answer]:
         """Answer several questions or conversations together.
@@ -117,32 +154,36 @@ class Answering:
             raise InputError(f"questions is a {type(questions).__name__}. Give a list of questions.")
         asked = tuple(questions)
         started = time.perf_counter()
-        sampling = as_sampling(options, self._max_tokens)
+        sampling = replace(as_sampling(options, self._max_tokens), marks=True)
         settings = self._backend.resolve(self._backend.parse_blend(options.get("blend")))
         given = scope if named else None
 
         def build(asked: str | Sequence[Message], stop: Cancellation) -> Request:
             room = sampling.max_tokens
             if isinstance(asked, str):
-                return self._requests.for_question(started, asked, scope, system, room, stop)
-            return self._requests.for_messages(started, asked, given, room, None, stop)
+                return self._requests.for_question(started, asked, scope, system, room, template, stop)
+            return self._requests.for_messages(started, asked, given, room, template, stop)
 
         def work() -> Sequence[Answer]:
             cancellation = Cancellation(options.get("timeout"), self._worker.closing)
             with self._worker.turn():
                 requests = [build(question, cancellation) for question in asked]
-            return self._backend.answer_all(requests, settings, sampling, cancellation)
+            answers = self._backend.answer_all(requests, settings, sampling, cancellation)
+            readers = [AnswerReader(opening=request.prompt.opening) for request in requests]
+            return [_read(answer, reader) for answer, reader in zip(answers, readers, strict=True)]
 
         return self._worker.run(work)
 
-    def prefill(self, question: str, scope: Scope, system: str | None, blend: Blend) -> Prefill:
+    def prefill(
+        self, question: str, scope: Scope, system: str | None, template: TemplateOptions, blend: Blend
+    ) -> Prefill:
         """The composed and blended state for a question."""
         started = time.perf_counter()
         settings = self._backend.resolve(self._backend.parse_blend(blend))
 
         def work() -> Prefill:
             stop = self._worker.closing
-            request = self._requests.for_question(started, question, scope, system, self._max_tokens, stop)
+            request = self._requests.for_question(started, question, scope, system, self._max_tokens, template, stop)
             return self._backend.prefill(request, settings, stop)
 
         return self._worker.run(work)
@@ -152,15 +193,19 @@ class Answering:
         build: Build,
         sampling: Sampling,
         options: GenerateOptions,
-        toolbox: Toolbox | None = None,
+        reads: Callable[..., AnswerReader] | None = None,
         conversation: _Conversation | None = None,
     ) -> AnswerStream:
+        """reads: makes a reader of the answer, by the prompt's `opening`; None leaves the answer as it is."""
         self._worker.check_open()
         parsed = self._backend.parse_blend(options.get("blend"))
 
-        def work(listener: Listener, cancellation: Cancellation, settings: BlendSettings) -> Answer:
+        def work(listener: PartListener, cancellation: Cancellation, settings: BlendSettings) -> Answer:
             with self._worker.turn():
                 request = build(cancellation)
+            opening = request.prompt.opening
+            reading = None if reads is None else _Reading(reads(opening=opening), listener)
+            drawn = replace(sampling, marks=reading is not None, opening=opening)
             begun = None
             if conversation is not None:
                 begun = self._threads.begin(conversation.thread, self._model.fingerprint)
@@ -169,7 +214,7 @@ class Answering:
             turn = None
             try:
                 answer, turn = self._backend.answer(
-                    request, settings, sampling, listener, cancellation, begun is not None
+                    request, settings, drawn, reading or listener, cancellation, begun is not None
                 )
             finally:
                 if begun is not None and turn is None:
@@ -177,9 +222,8 @@ class Answering:
                     self._keep(begun, Turn(None, request.prompt.said))
             if answer.finish_reason == "cancelled" and not cancellation.cancelled:
                 cancellation.check()
-            if toolbox is not None:
-                text, calls = toolbox.read(answer.text)
-                answer = replace(answer, text=text, tool_calls=calls)
+            if reading is not None:
+                answer = reading.finish(answer)
             if begun is not None and conversation is not None and turn is not None:
                 self._keep(begun, turn, [*conversation.messages, answer.message])
             return answer

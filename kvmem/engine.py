@@ -10,7 +10,16 @@ from kvmem.errors import InputError
 from kvmem.library.request import Request
 from kvmem.library.scope import Scope, check_context
 from kvmem.opened import OpenedEngine
-from kvmem.options import SCOPE_NAMES, AskOptions, Blend, GenerateOptions, ScopeOptions, check_names, split_options
+from kvmem.options import (
+    SCOPE_NAMES,
+    AskOptions,
+    Blend,
+    GenerateOptions,
+    ScopeOptions,
+    as_template,
+    check_names,
+    split_options,
+)
 from kvmem.prompt.layout import Message
 from kvmem.prompt.plan import Plan
 from kvmem.prompt.tools import Tool
@@ -66,7 +75,7 @@ class KVMem(OpenedEngine):
     def stream(self, question: str, *, system: str | None = None, **options: Unpack[AskOptions]) -> AnswerStream:
         """Like `ask`, as an iterator of text pieces; its `.answer` is the whole answer."""
         scope, generate = split_options(options)
-        return self._answering.ask(question, self._scope(scope), system, generate)
+        return self._answering.ask(question, self._scope(scope), system, as_template(scope), generate)
 
     def batch(
         self, questions: Sequence[str | Sequence[Message]], *, system: str | None = None, **options: Unpack[AskOptions]
@@ -82,7 +91,9 @@ class KVMem(OpenedEngine):
         context = scope.get("context")
         if context is not None:  # an iterator serves all questions
             scope["context"] = tuple(check_context(context))
-        return self._answering.batch(questions, self._scope(scope), _names_texts(scope), system, generate)
+        return self._answering.batch(
+            questions, self._scope(scope), _names_texts(scope), system, as_template(scope), generate
+        )
 
     def chat(
         self,
@@ -127,10 +138,10 @@ class KVMem(OpenedEngine):
         tool_choice: str = "auto",
         **options: Unpack[AskOptions],
     ) -> AnswerStream:
-        """Like `chat`, as an iterator of text pieces (tool calls included, as the model writes them)."""
+        """Like `chat`, as an iterator of text pieces; its `parts` have thoughts and tool calls, too."""
         scope, generate = split_options(options)
         given = self._scope(scope) if _names_texts(scope) else None
-        return self._answering.chat(messages, given, thread, tools, tool_choice, generate)
+        return self._answering.chat(messages, given, thread, tools, tool_choice, as_template(scope), generate)
 
     def complete(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Answer:
         """Continue a raw prompt, without the chat template; special tokens in a text are interpreted.
@@ -192,12 +203,14 @@ class KVMem(OpenedEngine):
         """
         started = time.perf_counter()
         room = self.settings.max_tokens if max_tokens is None else max_tokens
-        given = self._scope(scope)
+        given, template = self._scope(scope), as_template(scope)
         if isinstance(question, str):
-            return self._worker.run(lambda: self._requests.for_question(started, question, given, system, room))
+            return self._worker.run(
+                lambda: self._requests.for_question(started, question, given, system, room, template)
+            )
         texts = given if _names_texts(scope) else None
         return self._worker.run(
-            lambda: self._requests.for_messages(started, question, texts, room, None, search=search)
+            lambda: self._requests.for_messages(started, question, texts, room, template, search=search)
         )
 
     def prefill(
@@ -207,7 +220,7 @@ class KVMem(OpenedEngine):
 
         Raises the errors of `ask`.
         """
-        return self._answering.prefill(question, self._scope(scope), system, blend)
+        return self._answering.prefill(question, self._scope(scope), system, as_template(scope), blend)
 
     def _scope(self, options: ScopeOptions) -> Scope:
         check_names(options, SCOPE_NAMES)

@@ -10,6 +10,7 @@ from pydantic import SecretStr
 
 from kvmem.errors import InputError
 from kvmem.prompt.json_schema import Schema
+from kvmem.prompt.layout import TemplateOptions
 from kvmem.settings import AttentionName, BlendSettings, RemoteSettings, SplitSettings, StoreSettings
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class GenerateOptions(TypedDict, total=False):
 
 
 class ScopeOptions(TypedDict, total=False):
-    """Keyword arguments that say which texts to answer from. None is the same as leaving one out.
+    """Keyword arguments that say what a prompt is made of. None is the same as leaving one out.
 
     Attributes:
         context: Texts or documents, as in `KVMem.add`, to answer from instead of the engine's documents; they are
@@ -63,12 +64,15 @@ class ScopeOptions(TypedDict, total=False):
         documents: Answer from these documents only: their ids, or a filter over their metadata such as
             `{"tenant": "a", "year": {"$gte": 2024}}`.
         retriever: Chooses chunks if they do not all fit, instead of the engine's retriever.
+        chat_template_kwargs: Variables for the model's chat template, such as `{"enable_thinking": False}`; they
+            override those of the engine's settings.
     """
 
     context: ContextTexts
     collection: Collection | str | None
     documents: DocumentFilter | None
     retriever: Retriever | None
+    chat_template_kwargs: Mapping[str, Any] | None
 
 
 class AskOptions(GenerateOptions, ScopeOptions, total=False):
@@ -102,7 +106,11 @@ _RESERVED = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of an answer are drawn; see `GenerateOptions`. extra: more arguments of `generate`."""
+    """How the tokens of an answer are drawn; see `GenerateOptions`.
+
+    extra: more arguments of `generate`. marks: whether special tokens that mark thoughts or tool calls stay in the
+        text. opening: the end of the prompt, which may have begun a thought.
+    """
 
     max_tokens: int
     temperature: float = 0.0
@@ -114,6 +122,8 @@ class Sampling:
     seed: int | None = None
     schema: Schema | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    marks: bool = False
+    opening: str = ""
 
     def __post_init__(self) -> None:
         self._check_whole("max_tokens", 1)
@@ -191,6 +201,23 @@ def as_sampling(options: GenerateOptions, max_tokens: int) -> Sampling:
     )
 
 
+_TEMPLATE_NAMES = frozenset(
+    ("messages", "conversation", "tools", "documents", "tokenize", "add_generation_prompt", "continue_final_message")
+)
+
+
+def as_template(options: ScopeOptions, tools: Sequence[Mapping[str, Any]] | None = None) -> TemplateOptions:
+    """What the chat template is given. Raises InputError."""
+    extra = options.get("chat_template_kwargs")
+    if extra is None:
+        extra = {}
+    if not isinstance(extra, Mapping):
+        raise InputError(f"chat_template_kwargs must be a mapping, not a {type(extra).__name__}.")
+    if reserved := _TEMPLATE_NAMES & extra.keys():
+        raise InputError(f"{min(reserved)} cannot be given in chat_template_kwargs, because kvmem sets it.")
+    return TemplateOptions(None if tools is None else tuple(tools), dict(extra))
+
+
 class EngineOptions(TypedDict, total=False):
     """Settings of `KVMem` by name: the fields of `Settings`, and of its parts."""
 
@@ -204,6 +231,7 @@ class EngineOptions(TypedDict, total=False):
     context_tokens: int | None
     max_document_chars: int
     buffer_bytes: int
+    chat_template_kwargs: Mapping[str, Any]
     dtype: str
     device: str
     device_map: str | dict[str, Any] | None

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from kvmem.kv.buffer import BlendedCache
+from kvmem.parsing.parts import InvalidCall, ToolCall
+from kvmem.prompt.layout import REASONING
 from kvmem.prompt.plan import Plan
-from kvmem.prompt.tools import ToolCall
 from kvmem.text.document import Metadata
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -120,7 +121,7 @@ class Answer:
     """The answer to a question or a conversation.
 
     Attributes:
-        text: The answer, as it was streamed.
+        text: The answer, as it was streamed, without thoughts and calls.
         sources: The chunks in the prompt, in prompt order.
         usage: Token counts.
         plan: Which chunks went into the prompt, and why.
@@ -128,6 +129,8 @@ class Answer:
         finish_reason: "stop" if the model ended the answer or a stop string occurred, "length" if `max_tokens` was
             reached, "cancelled" if the stream was closed early.
         tool_calls: The tool calls the model made, instead of or in addition to the text.
+        invalid_calls: Calls that are not valid, because their arguments are not JSON, or the answer was cut off.
+        reasoning: The model's thoughts before the answer, if it wrote any.
 
     Example:
         ```python
@@ -145,6 +148,8 @@ class Answer:
     timings: Timings
     finish_reason: FinishReason
     tool_calls: tuple[ToolCall, ...] = ()
+    invalid_calls: tuple[InvalidCall, ...] = ()
+    reasoning: str = ""
 
     def top_sources(self, k: int | None = None) -> tuple[Source, ...]:
         """The sources by relevance, best first; the first `k` of them, or all."""
@@ -152,9 +157,16 @@ class Answer:
 
     @property
     def message(self) -> dict[str, Any]:
-        """The answer as an assistant message in OpenAI's format, to append to a conversation."""
-        calls = [call.as_openai(as_text=False) for call in self.tool_calls]
-        return {"role": "assistant", "content": self.text, **({"tool_calls": calls} if calls else {})}
+        """The answer as an assistant message in OpenAI's format, to append to a conversation.
+
+        Thoughts are in it as `reasoning_content`; the chat template decides whether the model sees them again.
+        """
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message[REASONING] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [call.as_openai(as_text=False) for call in self.tool_calls]
+        return message
 
 
 @dataclass(frozen=True, eq=False)

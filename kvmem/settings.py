@@ -225,6 +225,8 @@ class Settings(_Frozen):
         namespace: The namespace (tenant). Documents, memories, threads and entries of other namespaces are invisible.
         context_tokens: Maximum number of document tokens in a prompt; None fills the window.
         max_document_chars: Longer documents, in characters, are rejected.
+        buffer_bytes: Memory for composed caches that the next prompt may continue, in bytes.
+        chat_template_kwargs: Variables for the model's chat template, such as `{"enable_thinking": False}`.
 
     Example:
         ```python
@@ -247,6 +249,7 @@ class Settings(_Frozen):
     context_tokens: int | None = Field(default=None, ge=1)
     max_document_chars: int = Field(default=10_000_000, ge=1)
     buffer_bytes: int = Field(default=1 << 28, ge=0)
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
     def parse(cls, base: Settings | None, overrides: Mapping[str, object]) -> Settings:
@@ -256,9 +259,6 @@ class Settings(_Frozen):
             base: The settings to start from; None for the defaults.
             overrides: Fields of `Settings`. Fields of `ModelSettings`, `StoreSettings` and `RemoteSettings` may be
                 given directly, without nesting.
-
-        Returns:
-            The new settings.
 
         Raises:
             InputError: A name or a value is not valid.

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from kvmem import Document, KVMem, LanguageModel
 from kvmem.backends.local import LocalBackend
 from kvmem.runtime.worker import turns_of
+from kvmem.testing import tiny_model
 
 
 def open_mem(model: LanguageModel, store: Any, **settings: Any) -> KVMem:
@@ -102,3 +106,49 @@ def embed(texts: list[str]) -> list[list[float]]:
 
 def hash_of(word: str) -> int:
     return sum(ord(c) * (i + 1) for i, c in enumerate(word)) % 256
+
+
+def agent_model(template: str | None = None) -> LanguageModel:
+    """A tiny model whose template shows tools, calls in tags, and thoughts if `enable_thinking` is not False."""
+    model = tiny_model()
+    model.tokenizer.chat_template = template or AGENT_TEMPLATE
+    return model
+
+
+AGENT_TEMPLATE = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls %}<tool_call>\n"
+    "{{ {'name': c.function.name, 'arguments': c.function.arguments} | tojson }}\n</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking %}<think>\n{% endif %}{% endif %}"
+)
+
+
+class Says(LogitsProcessor):
+    """Makes a model write a text. end: whether the answer ends behind it."""
+
+    def __init__(self, model: LanguageModel, text: str, end: bool = True) -> None:
+        self._ids = [*model.tokenize(text, markup=True), *([model.tokenizer.eos_token_id] if end else [])]
+        self._start: int | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._start = input_ids.shape[1] if self._start is None else self._start
+        number = input_ids.shape[1] - self._start
+        if number >= len(self._ids):
+            return scores
+        forced = torch.full_like(scores, float("-inf"))
+        forced[..., self._ids[number]] = 0.0
+        return forced
+
+
+def says(model: LanguageModel, *answers: str, end: bool = True) -> LanguageModel:
+    """`model`, whose next answers are these, whatever it is asked."""
+    real, left = model.hf.generate, [*answers]
+
+    def generate(**arguments: Any) -> Any:
+        own = arguments.pop("logits_processor", ())
+        processors = LogitsProcessorList([Says(model, left.pop(0), end), *own])
+        return real(**arguments, logits_processor=processors)
+
+    model.hf.generate = generate
+    return model

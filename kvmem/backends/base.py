@@ -13,7 +13,7 @@ from kvmem.model.local import LanguageModel
 from kvmem.options import Blend, Sampling
 from kvmem.prompt.layout import Span
 from kvmem.results import Answer, Prefill
-from kvmem.runtime.stream import Listener
+from kvmem.runtime.channel import Listener
 from kvmem.settings import BlendSettings
 
 

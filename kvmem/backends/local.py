@@ -22,7 +22,7 @@ from kvmem.model.local import LanguageModel
 from kvmem.options import Blend, Sampling
 from kvmem.prompt.layout import Span
 from kvmem.results import Answer, Prefill, Timings
-from kvmem.runtime.stream import Listener, Silent
+from kvmem.runtime.channel import Listener, Silent
 from kvmem.settings import BlendSettings
 from kvmem.store.base import Store
 

@@ -197,9 +197,10 @@ def check(
         from kvmem.backends.calibrate import check as run_check
 
         with err.status(f"Checking {escape(model)} …"):
-            report = run_check(LanguageModel.load(model, ModelSettings(dtype=dtype)))
+            loaded = LanguageModel.load(model, ModelSettings(dtype=dtype))
+            report, calls = run_check(loaded), loaded.template.describe_calls()
     if json_output:
-        out.print_json(json.dumps(asdict(report)))
+        out.print_json(json.dumps({**asdict(report), "tool_calls": calls}))
     else:
         table = Table("check", "result", title=escape(report.model), title_justify="left")
         table.add_row("entries can be blended", f"{'yes' if report.blendable else 'no'}: {report.reason}")
@@ -209,6 +210,8 @@ def check(
         for budget, divergence in report.divergence.items():
             table.add_row(f"{float(budget):.0%} recomputed, KL", f"{divergence:.4f}")
         table.add_row('recompute="auto"', f"{report.recompute}")
+        for name, value in calls.items():
+            table.add_row(f"tool calls, {name}", escape(value))
         out.print(table)
     raise typer.Exit(0 if report.blendable else 1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -67,7 +68,7 @@ def _read(model: LanguageModel, ids: list[int], end: list[int], sampling: Sampli
 
 
 def _cut(model: LanguageModel, ids: list[int], sampling: Sampling) -> tuple[bool, str]:
-    return cut_at_stop(str(model.tokenizer.decode(ids, skip_special_tokens=True)), sampling.stop)
+    return cut_at_stop(model.decode(ids, marks=sampling.marks), sampling.stop)
 
 
 class _Watch(StoppingCriteria):
@@ -75,7 +76,8 @@ class _Watch(StoppingCriteria):
 
     def __init__(self, model: LanguageModel, sampling: Sampling, prompt: int, cancellation: Cancellation) -> None:
         self._cancellation = cancellation
-        self._decode, self._stop, self._prompt = model.tokenizer.decode, sampling.stop, prompt
+        self._decode = partial(model.decode, marks=sampling.marks)
+        self._stop, self._prompt = sampling.stop, prompt
         self.first_token = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -85,4 +87,4 @@ class _Watch(StoppingCriteria):
         return torch.tensor(done, device=input_ids.device)
 
     def _has_stopped(self, ids: list[int]) -> bool:
-        return bool(self._stop) and cut_at_stop(str(self._decode(ids, skip_special_tokens=True)), self._stop)[0]
+        return bool(self._stop) and cut_at_stop(self._decode(ids), self._stop)[0]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Generated:
     """A decoded answer.
 
     Attributes:
-        text: The text, without special tokens and without the stop string.
+        text: The text, without the stop string, and without special tokens except those that `sampling.marks` keeps.
         token_ids: The generated token ids.
         finish_reason: Why decoding ended.
         first_token: Time of the first token (`time.perf_counter()` seconds).
@@ -63,11 +64,11 @@ def generate(
     def began() -> None:
         cache.cancellation = NEVER
 
-    streamer = _Streamer(model, sampling.stop, emit, began)
+    streamer = _Streamer(model, sampling, emit, began)
     prompt = torch.tensor([list(token_ids)], device=model.device)
     processors = []
     if sampling.schema is not None:
-        processors.append(JsonConstraint(model, sampling.schema, sampling.max_tokens))
+        processors.append(JsonConstraint(model, sampling.schema, sampling.max_tokens, sampling.opening))
     with model.decoding(), first_forward or nullcontext():
         call_generate(
             model,
@@ -161,10 +162,10 @@ class _Streamer(BaseStreamer):
     """Decodes tokens as they arrive. Holds back text that may be the beginning of a stop string."""
 
     def __init__(
-        self, model: LanguageModel, stop: tuple[str, ...], emit: Callable[[str], None], began: Callable[[], None]
+        self, model: LanguageModel, sampling: Sampling, emit: Callable[[str], None], began: Callable[[], None]
     ) -> None:
-        self._decode, self._began = model.tokenizer.decode, began
-        self._stop, self._emit = stop, emit
+        self._decode = partial(model.decode, marks=sampling.marks)
+        self._stop, self._emit, self._began = sampling.stop, emit, began
         self._prompt_is_next = True
         self._sent = 0
         self.text = ""
@@ -189,10 +190,10 @@ class _Streamer(BaseStreamer):
 
     def ends(self, token_ids: list[int]) -> bool:
         """Whether these tokens contain a stop string."""
-        return bool(self._stop) and cut_at_stop(str(self._decode(token_ids, skip_special_tokens=True)), self._stop)[0]
+        return bool(self._stop) and cut_at_stop(self._decode(token_ids), self._stop)[0]
 
     def _advance(self, final: bool) -> None:
-        text = str(self._decode(self.token_ids, skip_special_tokens=True))
+        text = self._decode(self.token_ids)
         self.stopped, text = cut_at_stop(text, self._stop)
         ready = len(text) if final or self.stopped else len(text) - self._held_back(text)
         if ready > self._sent:

@@ -12,6 +12,8 @@ from transformers import LogitsProcessor
 
 from kvmem.errors import InputError
 from kvmem.model.local import LanguageModel
+from kvmem.parsing.marks import THOUGHTS
+from kvmem.parsing.reader import open_thought
 from kvmem.prompt.json_schema import Schema, narrow_for, property_names
 
 # Tokens that close something, outermost first.
@@ -21,10 +23,18 @@ _CLOSING = ("}", "]", '"')
 class JsonConstraint(LogitsProcessor):
     """Masks, for one answer, all tokens that do not continue valid JSON under `schema`.
 
+    Thoughts are free: JSON begins behind them. Half of the tokens are kept for it.
+
+    Args:
+        model: The model.
+        schema: The JSON schema.
+        max_tokens: Maximum length of the answer, with thoughts.
+        opening: The end of the prompt, which may have begun a thought.
+
     Raises InputError if llguidance is not installed, does not support this tokenizer type, or rejects the schema.
     """
 
-    def __init__(self, model: LanguageModel, schema: Schema, max_tokens: int) -> None:
+    def __init__(self, model: LanguageModel, schema: Schema, max_tokens: int, opening: str = "") -> None:
         try:
             from llguidance import LLMatcher
         except ImportError as error:
@@ -40,6 +50,7 @@ class JsonConstraint(LogitsProcessor):
         self._check()
         self._read = -1
         self._model, self._max_tokens = model, max_tokens
+        self._thoughts = _Thoughts(model, opening, max_tokens // 2)
         self._names = property_names(schema)
         self._written: list[int] = []
         vocabulary = model.tokenizer.get_vocab()
@@ -53,8 +64,11 @@ class JsonConstraint(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._read < 0:
             self._read = input_ids.shape[1]
-        new = input_ids[0, self._read :].tolist()
-        self._read += len(new)
+        read = input_ids[0, self._read :].tolist()
+        self._read += len(read)
+        new = self._thoughts.answer_of(read)
+        if new is None:
+            return self._thoughts.restrict(scores)
         self._written += new
         if new and not self._matcher.is_stopped():
             self._matcher.consume_tokens(new)
@@ -65,11 +79,13 @@ class JsonConstraint(LogitsProcessor):
         allowed[:count] = torch.from_numpy(bits[:count].astype(bool))
         if self._is_time_to_close():
             allowed = self._closing(allowed)
+        if not self._written and self._thoughts.may_begin:
+            allowed[self._thoughts.begin] = True
         return scores.masked_fill(~allowed.to(scores.device), float("-inf"))
 
     def _is_time_to_close(self) -> bool:
         """Whether the remaining tokens are just enough for the missing property names and the closing marks."""
-        left = self._max_tokens - len(self._written)
+        left = self._max_tokens - len(self._written) - self._thoughts.length
         text = str(self._model.tokenizer.decode(self._written))
         missing = [name for name in dict.fromkeys(self._names) if f'"{name}"' not in text]
         skeleton = self._model.count_tokens(json.dumps(dict.fromkeys(missing, ""))) if missing else 0
@@ -88,3 +104,53 @@ class JsonConstraint(LogitsProcessor):
                 only[mark] = True
                 return only
         return allowed
+
+
+class _Thoughts:
+    """The thoughts in front of an answer.
+
+    Attributes:
+        length: Their tokens so far.
+        begin: The token that begins one, or -1.
+        may_begin: Whether the model may begin one now.
+    """
+
+    def __init__(self, model: LanguageModel, opening: str, limit: int) -> None:
+        self._model, self._limit = model, limit
+        self._ids: list[int] = []
+        self._end = open_thought(opening)
+        self.begin = -1
+        vocabulary = model.tokenizer.get_vocab()
+        self._ends = {end: vocabulary.get(end, -1) for end in THOUGHTS.values()}
+        for begin in THOUGHTS:
+            if begin in vocabulary and begin in (model.template.source or "") and THOUGHTS[begin] not in opening:
+                self.begin, self._begun_end = vocabulary[begin], THOUGHTS[begin]
+        self.may_begin = self._end is None and self.begin >= 0
+
+    @property
+    def length(self) -> int:
+        return len(self._ids)
+
+    def answer_of(self, new: list[int]) -> list[int] | None:
+        """Take the next tokens. Returns those that belong to the answer; None if the next one is still a thought."""
+        if self.may_begin and new:
+            self.may_begin = False
+            if new[0] == self.begin:
+                self._end = self._begun_end
+        if self._end is None:
+            return new
+        self._ids += new
+        if self._end not in self._model.decode(self._ids, marks=True):
+            return None
+        self._end = None
+        return []
+
+    def restrict(self, scores: Tensor) -> Tensor:
+        """The answer must not end in a thought, and a thought must end when half of the tokens are used up."""
+        restricted = scores.clone()
+        end = self._ends.get(self._end or "", -1)
+        if self.length >= self._limit and end >= 0:
+            restricted.fill_(float("-inf"))
+            restricted[..., end] = 0.0
+        restricted[..., self._model.tokenizer.eos_token_id] = float("-inf")
+        return restricted

@@ -8,12 +8,12 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 from weakref import WeakSet
 
 from kvmem.cancellation import NEVER, Cancellation
 from kvmem.errors import InputError, UnknownDocumentError
+from kvmem.library.selection import Selection
 from kvmem.model.base import AnyModel
 from kvmem.prompt.layout import Span, Typesetter, standing
 from kvmem.settings import SplitSettings
@@ -91,19 +91,6 @@ class _Row:
     document: Document
     chunks: tuple[Chunk, ...]
     sizes: tuple[int, ...] | None
-
-
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """Chunks to answer from, in order. sizes: tokens of each."""
-
-    chunks: list[Chunk]
-    sizes: list[int]
-
-    @cached_property
-    def documents(self) -> list[str]:
-        """The id of the document of each chunk."""
-        return [chunk.document_id for chunk in self.chunks]
 
 
 class Corpus:

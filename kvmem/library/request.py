@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from kvmem.cancellation import NEVER, Cancellation
 from kvmem.errors import EmptyInputError, InputError, PromptTooLongError
-from kvmem.library.corpus import Chunker, Corpus, Selection
-from kvmem.library.scope import Scope, check_context
+from kvmem.library.corpus import Chunker
+from kvmem.library.scope import Scope, nothing_in, select
+from kvmem.library.selection import Selection
 from kvmem.model.base import AnyModel
-from kvmem.prompt.layout import CONTEXT, DEFAULT_SYSTEM, Layout, Message, Piece, Prompt, Span, Typesetter, as_pieces
+from kvmem.prompt.layout import (
+    CONTEXT,
+    DEFAULT_SYSTEM,
+    PLAIN,
+    Layout,
+    Message,
+    Piece,
+    Prompt,
+    Span,
+    TemplateOptions,
+    Typesetter,
+    as_pieces,
+)
 from kvmem.prompt.messages import characters_of, check_messages, check_question, check_raw, text_of, without_oldest_turn
 from kvmem.prompt.plan import Plan, make_plan
 from kvmem.results import Source
 from kvmem.settings import Settings
-from kvmem.text.document import Chunk, as_document
+from kvmem.text.document import Chunk
 from kvmem.text.retrieval import BM25Retriever, Retriever
 
 
@@ -62,11 +75,19 @@ class RequestBuilder:
 
     def prefix(self, system: str | None) -> tuple[Span, ...]:
         """The spans before the documents; `system=None` uses the system prompt of the settings."""
-        return prefix_of(self._typesetter, self._system(system))
+        return self._before(self._question("?", system))
 
     def before(self, messages: Sequence[Message] | None) -> tuple[Span, ...]:
         """What precedes the documents in these messages, which mark their place by CONTEXT; None is a question."""
-        return self.prefix(None) if messages is None else self._typesetter.lay_out(messages).before
+        return self._before(self._question("?", None) if messages is None else messages)
+
+    def _before(self, messages: Sequence[Message]) -> tuple[Span, ...]:
+        return self._typesetter.lay_out(messages, self._with_defaults(PLAIN)).before
+
+    def _with_defaults(self, options: TemplateOptions) -> TemplateOptions:
+        """With the settings' arguments of the chat template, which those of the call override."""
+        extra = {**self._settings.chat_template_kwargs, **options.extra}
+        return replace(options, extra=extra)
 
     def for_question(
         self,
@@ -75,29 +96,17 @@ class RequestBuilder:
         scope: Scope,
         system: str | None,
         answer_tokens: int,
+        options: TemplateOptions = PLAIN,
         cancellation: Cancellation = NEVER,
     ) -> Request:
         """A request to answer a question from the scope."""
         check_question(question)
-        selection = self._select(scope, cancellation)
+        selection = select(scope, self._chunker, cancellation)
         if not selection.chunks:
-            raise EmptyInputError(self._nothing(scope))
+            raise EmptyInputError(nothing_in(scope))
         messages = self._question(question, system)
-        return self._build(started, messages, question, selection, answer_tokens, None, scope.retriever, cancellation)
-
-    def _select(self, scope: Scope, cancellation: Cancellation) -> Selection:
-        if scope.context is None:
-            return scope.corpus.select(scope.documents)
-        if scope.documents is not None:
-            raise InputError("context and documents cannot be combined. Give one of them.")
-        return self.select_context(scope.context, scope.corpus, cancellation)
-
-    def _nothing(self, scope: Scope) -> str:
-        if scope.context is None and scope.documents is not None and len(scope.corpus):
-            return "There is nothing to answer from: no document matches documents=. Change the filter or the ids."
-        return (
-            "There is nothing to answer from: the corpus is empty. Call add() with a document first, "
-            "or pass texts as context=[...]."
+        return self._build(
+            started, messages, question, selection, answer_tokens, options, scope.retriever, cancellation
         )
 
     def retrieve(self, question: str, k: int, scope: Scope) -> tuple[Source, ...]:
@@ -105,7 +114,7 @@ class RequestBuilder:
         check_question(question)
         if k < 1:
             raise InputError(f"k must be at least 1, not {k}.")
-        chunks = self._select(scope, NEVER).chunks
+        chunks = select(scope, self._chunker, NEVER).chunks
         scores = _scores(scope.retriever or self._retriever, question, chunks)
         best = sorted(range(len(chunks)), key=lambda i: (-scores[i], i))[:k]
         found = ((chunks[i], scores[i]) for i in best if scores[i] > 0)
@@ -117,7 +126,7 @@ class RequestBuilder:
         messages: Sequence[Message],
         scope: Scope | None,
         answer_tokens: int,
-        tools: Sequence[Mapping[str, Any]] | None,
+        options: TemplateOptions = PLAIN,
         cancellation: Cancellation = NEVER,
         search: str | None = None,
     ) -> Request:
@@ -129,14 +138,14 @@ class RequestBuilder:
         asked = search or next((text for m in reversed(checked) if (text := text_of(m))), "")
         if not asked:
             raise EmptyInputError("The messages have no text. Give at least one message with text.")
-        selection = Selection([], []) if scope is None else self._select(scope, cancellation)
+        selection = Selection([], []) if scope is None else select(scope, self._chunker, cancellation)
         if selection.chunks:
             checked = self._with_context(checked)
         elif self._settings.system is not None and checked[0]["role"] != "system":
             checked = [{"role": "system", "content": self._settings.system}, *checked]
         retriever = None if scope is None else scope.retriever
         return self._build(
-            started, checked, asked, selection, answer_tokens, tools, retriever, cancellation, conversation=True
+            started, checked, asked, selection, answer_tokens, options, retriever, cancellation, conversation=True
         )
 
     def for_raw(self, started: float, prompt: str | Sequence[int], answer_tokens: int) -> Request:
@@ -173,13 +182,13 @@ class RequestBuilder:
         question: str,
         selection: Selection,
         answer_tokens: int,
-        tools: Sequence[Mapping[str, Any]] | None,
+        options: TemplateOptions,
         retriever: Retriever | None,
         cancellation: Cancellation,
         conversation: bool = False,
     ) -> Request:
         chunks, sizes = selection.chunks, selection.sizes
-        layout, dropped = self._trim(messages, sum(sizes), answer_tokens, tools, cancellation)
+        layout, dropped = self._trim(messages, sum(sizes), answer_tokens, self._with_defaults(options), cancellation)
         ranking = retriever or self._retriever
         scores: list[float] = []
 
@@ -206,7 +215,7 @@ class RequestBuilder:
             plan = replace(plan, reason=reason, dropped=dropped)
         relevance = scores or self._words.score(question, chunks)
         sources = tuple(_source(chunks[i], relevance[i]) for i in plan.chunks)
-        prompt = Prompt((*layout.before, *(spans[i] for i in plan.chunks), *layout.after), layout.query)
+        prompt = Prompt((*layout.before, *(spans[i] for i in plan.chunks), *layout.after), layout.query, layout.opening)
         return Request(started, prompt, plan, sources, time.perf_counter(), conversation)
 
     def _arrange(self, layout: Layout, chunks: Sequence[int], spans: Mapping[int, Span]) -> tuple[int, ...]:
@@ -223,7 +232,7 @@ class RequestBuilder:
         messages: list[Message],
         context: int,
         answer: int,
-        tools: Sequence[Mapping[str, Any]] | None,
+        options: TemplateOptions,
         cancellation: Cancellation,
     ) -> tuple[Layout, int]:
         """Leave out the oldest turns until the rest fits next to the answer and a quarter window of context.
@@ -237,7 +246,7 @@ class RequestBuilder:
         room = self._model.window - answer - min(context, self._model.window // 4)
         while True:
             cancellation.check()
-            layout = self._typesetter.lay_out(kept, tools, cancellation)
+            layout = self._typesetter.lay_out(kept, options, cancellation)
             if layout.tokens <= room or (shorter := without_oldest_turn(kept)) is None:
                 return layout, len(messages) - len(kept)
             kept = shorter
@@ -249,24 +258,6 @@ class RequestBuilder:
                 f"The prompt has {characters} characters, more than the model's window of {self._model.window} tokens "
                 "can hold. Shorten it, pass long text as context, or add() it."
             )
-
-    def select_context(self, context: Iterable[Any], corpus: Corpus, cancellation: Cancellation) -> Selection:
-        """The chunks of `context`: texts or documents outside the corpus, or sources that `retrieve` found in it."""
-        chunks: list[Chunk] = []
-        known: dict[tuple[str, int, str], Chunk] = {}
-        for item in check_context(context):
-            if not isinstance(item, Source):
-                chunks += self._chunker.chunks_of(self._chunker.split(as_document(item), cancellation))
-                continue
-            known = known or {(c.document_id, c.index, c.text): c for c in corpus.chunks()}
-            chunk = known.get((item.document_id, item.index, item.text))
-            if chunk is None:
-                raise InputError(
-                    f"Chunk {item.index} of document {item.document_id!r} is no longer in the corpus. "
-                    "Call retrieve() again, or give the text."
-                )
-            chunks.append(chunk)
-        return Selection(chunks, self._chunker.sizes(chunks))
 
 
 def _scores(retriever: Retriever, question: str, chunks: Sequence[Chunk]) -> Sequence[float]:

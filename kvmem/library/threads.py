@@ -251,7 +251,7 @@ def recut(prompt: Prompt, branches: Sequence[Branch]) -> Prompt:
     for cut in cuts:
         spans.append(starts.get((begin, cut), Span(tuple(ids[begin:cut]))))
         begin = cut
-    return Prompt(tuple(spans), tuple(ids[begin:]))
+    return Prompt(tuple(spans), tuple(ids[begin:]), prompt.opening)
 
 
 def plain_message(message: Message) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from functools import cached_property
 from typing import Any
 
 from kvmem.cancellation import NEVER, Cancellation
-from kvmem.errors import ModelError, first_line
+from kvmem.model.chat_template import ChatTemplate
+from kvmem.parsing.marks import is_mark
 
 
 def _batches(texts: Sequence[str], size: int = 512) -> Iterator[list[str]]:
@@ -35,6 +36,7 @@ class AnyModel(ABC):
         self.tokenizer: Any = tokenizer
         self.name = name
         self._tokenizing = threading.Lock()
+        self._template: ChatTemplate | None = None
 
     @property
     @abstractmethod
@@ -68,10 +70,36 @@ class AnyModel(ABC):
         """In characters."""
         return max(map(len, self.tokenizer.get_vocab()))
 
-    @cached_property
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template; another one if the tokenizer has been given another one."""
+        if self._template is None or self._template.source != self.tokenizer.chat_template:
+            self._template = ChatTemplate(self.tokenizer, self.name)
+        return self._template
+
+    @property
     def knows_tools(self) -> bool:
-        """Whether the chat template tells the model what tools there are."""
-        return knows_tools(self.tokenizer)
+        """Whether the chat template tells the model about tools, in a format whose calls can be read."""
+        return self.template.calls is not None
+
+    @cached_property
+    def mark_ids(self) -> frozenset[int]:
+        """Special tokens that mark thoughts or tool calls."""
+        special = self._special_ids
+        marks = {identity for identity, token in special.items() if is_mark(token)}
+        return frozenset(marks - {self.tokenizer.eos_token_id})
+
+    @cached_property
+    def _special_ids(self) -> dict[int, str]:
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return {identity: str(token) for identity, token in added.items() if token.special}
+
+    def decode(self, token_ids: Sequence[int], *, marks: bool = False) -> str:
+        """Token ids as text without special tokens; with `marks`, those that mark thoughts or tool calls stay."""
+        if not marks or not self.mark_ids:
+            return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        kept = [token for token in token_ids if token in self.mark_ids or token not in self._special_ids]
+        return str(self.tokenizer.decode(kept, skip_special_tokens=False))
 
     def tokenize(self, text: str, *, markup: bool) -> tuple[int, ...]:
         """Token ids of `text` alone. Without `markup`, special tokens written in the text are plain text."""
@@ -115,41 +143,11 @@ class AnyModel(ABC):
             counts += map(len, self.tokenize_all(some, markup=False))
         return counts
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
-        """The chat template applied to `messages`, up to where the answer begins."""
-        if not self.tokenizer.chat_template:
-            lines = [m["content"] for m in messages]
-            bos = self.tokenizer.bos_token or ""
-            return bos + "\n\n".join(lines) + "\n\nAnswer:"
-        options = {"tools": [dict(tool) for tool in tools]} if tools else {}
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    [dict(m) for m in messages], tokenize=False, add_generation_prompt=True, **options
-                )
-            )
-        except Exception as error:
-            if messages[0]["role"] != "system" or len(messages) < 2:
-                raise ModelError(
-                    f"The chat template of {self.name!r} rejects these messages: {first_line(error)}. "
-                    "Check their roles and order."
-                ) from error
-            # Templates without a system role (Gemma 2) take the system text at the head of the first turn.
-            merged = messages[0]["content"] + "\n\n" + messages[1]["content"]
-            return self.render([{**messages[1], "content": merged}, *messages[2:]], tools)
-
-
-def knows_tools(tokenizer: Any) -> bool:
-    """Whether a tokenizer's chat template shows tools to the model."""
-    if not tokenizer.chat_template:
-        return False
-    function = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
-    message = [{"role": "user", "content": "?"}]
-    options = {"tokenize": False, "add_generation_prompt": True}
-    try:
-        with_tools = tokenizer.apply_chat_template(
-            message, tools=[{"type": "function", "function": function}], **options
-        )
-    except Exception:  # a template raises whatever it likes; it does not take tools then
-        return False
-    return bool(with_tools != tokenizer.apply_chat_template(message, **options))
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The chat template applied to `messages`, up to where the answer begins; see `ChatTemplate.render`."""
+        return self.template.render(messages, tools, options)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from kvmem.errors import InputError, ModelError, ModelNotFoundError, first_line
 from kvmem.model.anatomy import length_dependent_rope
-from kvmem.model.base import knows_tools
+from kvmem.model.chat_template import ChatTemplate
 from kvmem.model.locate import is_remote, locate, locate_config
 from kvmem.model.packing import has_fast_products
 from kvmem.settings import ModelSettings
@@ -91,7 +91,7 @@ class Glance:
 
     Attributes:
         window: the maximum length of prompt and answer, in tokens.
-        knows_tools: whether the chat template tells the model about tools.
+        knows_tools: whether the chat template tells the model about tools, in a format whose calls can be read.
     """
 
     window: int
@@ -126,7 +126,7 @@ def _glance(
         raise ModelNotFoundError(
             f"No config and tokenizer could be loaded from {source!r}: {first_line(error)}. Check the name."
         ) from error
-    return Glance(window_of(config, source), knows_tools(tokenizer))
+    return Glance(window_of(config, source), ChatTemplate(tokenizer, source).calls is not None)
 
 
 def _dtype(name: str) -> str | torch.dtype:

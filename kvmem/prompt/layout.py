@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from kvmem.cancellation import NEVER, Cancellation
 from kvmem.errors import InputError, ModelError
 from kvmem.kv.entry import digest_tokens
 from kvmem.model.base import AnyModel
+from kvmem.prompt.adapt import forms
 from kvmem.text.chunking import KnownTexts, segment
 
 DEFAULT_SYSTEM = "You answer questions about the documents below. Answer briefly, using only what they say."
@@ -25,6 +26,8 @@ SMALLEST_SPAN = 48
 # Prompts given as token ids are cut into blocks of this many tokens.
 RAW_BLOCK = 128
 _MARK = "\u241f"
+# The thoughts of an assistant message, by the name that chat templates and servers use.
+REASONING = "reasoning_content"
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A whole prompt: the spans, then the query, which is always computed."""
+    """A whole prompt: the spans, then the query, which is always computed. opening: see `Layout`."""
 
     spans: tuple[Span, ...]
     query: tuple[int, ...]
+    opening: str = ""
 
     @property
     def token_ids(self) -> list[int]:
@@ -79,12 +83,27 @@ CONTEXT = Piece("")
 
 
 @dataclass(frozen=True)
+class TemplateOptions:
+    """What a chat template is given beside messages. tools: JSON schemas of functions. extra: its own variables."""
+
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+PLAIN = TemplateOptions()
+
+
+@dataclass(frozen=True)
 class Layout:
-    """A prompt without its documents: the spans before and after them, and the query."""
+    """A prompt without its documents: the spans before and after them, and the query.
+
+    opening: the markup behind the last message, where the answer begins.
+    """
 
     before: tuple[Span, ...]
     after: tuple[Span, ...]
     query: tuple[int, ...]
+    opening: str = ""
 
     @property
     def tokens(self) -> int:
@@ -102,7 +121,7 @@ class Typesetter:
     def lay_out(
         self,
         messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: TemplateOptions = PLAIN,
         cancellation: Cancellation = NEVER,
     ) -> Layout:
         """Render `messages` and cut them into spans. Message content is a text, or a sequence of texts and `Piece`s.
@@ -110,7 +129,7 @@ class Typesetter:
         Long texts are cut at content-defined boundaries, so that a known text is recognised even if the text around it
         has changed. The query is the end of the last message and the markup after it.
         """
-        pieces = self._render(messages, tools)
+        pieces = self._render(messages, options)
         texts = [i for i, piece in enumerate(pieces) if not piece.markup and piece.document is None and piece.text]
         spans: list[Span] = []
         current: list[int] = []
@@ -145,7 +164,8 @@ class Typesetter:
                     if len(current) >= SMALLEST_SPAN and not last:
                         close()
         edge = len(spans) if split_at is None else split_at
-        return Layout(tuple(spans[:edge]), tuple(spans[edge:]), tuple(current))
+        opening = pieces[-1].text if pieces[-1].markup else ""
+        return Layout(tuple(spans[:edge]), tuple(spans[edge:]), tuple(current), opening)
 
     def release(self) -> None:
         """Clear the in-memory caches."""
@@ -172,27 +192,56 @@ class Typesetter:
         found = self._model.tokenize_all([standing(text) for text, _ in texts], markup=False)
         return [Span((*ids, *self._model.separator), document) for ids, (_, document) in zip(found, texts, strict=True)]
 
-    def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[Piece]:
-        """The template's markup and the messages' texts, in order."""
+    def _render(self, messages: Sequence[Message], options: TemplateOptions) -> list[Piece]:
+        """The template's markup and the messages' texts, in order, in the first form that the template accepts."""
+        split = [{**message, "content": as_pieces(message.get("content"))} for message in messages]
+        failed: ModelError | None = None
+        for form in forms(split, self._model.template.calls if _has_calls(messages) else None):
+            try:
+                return self._render_form(form, options)
+            except ModelError as error:
+                failed = failed or error
+        if failed is None:
+            raise AssertionError("there is always a form")
+        raise failed
+
+    def _render_form(self, messages: Sequence[Message], options: TemplateOptions) -> list[Piece]:
+        """Raises ModelError if the template rejects the messages, or does not show all of their text."""
         contents: list[Piece] = []
-        marked = []
-        for message in messages:
+        optional: set[int] = set()
+
+        def mark(pieces: Iterable[Piece]) -> str:
             text = ""
-            for part in as_pieces(message.get("content")):
+            for part in pieces:
                 if part.text or part is CONTEXT:
                     text += f"{_MARK}{len(contents)}{_MARK}"
                     contents.append(part)
-            marked.append({**message, "content": text})
-        parts = re.split(f"{_MARK}(\\d+){_MARK}", self._model.render(marked, tools))
-        if [int(n) for n in parts[1::2]] != list(range(len(contents))):
+            return text
+
+        marked = []
+        for message in messages:
+            thought = message.get(REASONING)
+            given = {}
+            if isinstance(thought, str) and thought:
+                # The template decides whose thoughts are shown.
+                optional.add(len(contents))
+                given[REASONING] = mark([Piece(thought)])
+            marked.append({**message, "content": mark(as_pieces(message["content"])), **given})
+        parts = re.split(f"{_MARK}(\\d+){_MARK}", self._model.render(marked, options.tools, options.extra))
+        shown = [int(number) for number in parts[1::2]]
+        if [n for n in range(len(contents)) if n in shown or n not in optional] != shown:
             raise ModelError(
                 f"The chat template of {self._model.name!r} does not render the text of every message exactly once and "
                 "in order. Set another tokenizer.chat_template."
             )
         pieces = [Piece(parts[0], markup=True)]
-        for number, text in zip(parts[1::2], parts[2::2], strict=True):
-            pieces += [contents[int(number)], Piece(text, markup=True)]
+        for number, text in zip(shown, parts[2::2], strict=True):
+            pieces += [contents[number], Piece(text, markup=True)]
         return [piece for piece in pieces if piece.text or piece is CONTEXT]
+
+
+def _has_calls(messages: Sequence[Message]) -> bool:
+    return any(message.get("tool_calls") or message.get("role") == "tool" for message in messages)
 
 
 def as_pieces(content: Any) -> list[Piece]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from uuid import uuid4
 
 from kvmem.errors import InputError
+from kvmem.parsing import AnswerReader
+from kvmem.parsing.parts import ToolCall
+from kvmem.parsing.tools import ToolIndex
 from kvmem.prompt.json_schema import DATA
 from kvmem.prompt.layout import Message, as_pieces
 
 Tool = Mapping[str, Any]
+__all__ = ["ANSWER", "Tool", "ToolCall", "Toolbox"]
 # The tool that a model calls to answer, if its chat template does not support tools.
 ANSWER: Tool = {
     "type": "function",
@@ -23,34 +25,6 @@ ANSWER: Tool = {
         "parameters": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
     },
 }
-_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """A tool call made by the model.
-
-    Attributes:
-        id: Unique id of the call.
-        name: Name of the tool.
-        arguments: The arguments by name, as JSON values.
-
-    Example:
-        ```python
-        answer = mem.chat(messages, tools=tools, tool_choice="any")
-        for call in answer.tool_calls:
-            print(call.name, call.arguments)
-        ```
-    """
-
-    id: str
-    name: str
-    arguments: Mapping[str, Any]
-
-    def as_openai(self, *, as_text: bool = True) -> dict[str, Any]:
-        """The call in OpenAI's format; `as_text`: arguments as JSON text, as OpenAI's API has them, else a mapping."""
-        arguments: Any = json.dumps(dict(self.arguments)) if as_text else dict(self.arguments)
-        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
 
 
 @dataclass(frozen=True)
@@ -60,7 +34,7 @@ class Toolbox:
     Attributes:
         tools: Functions with JSON schemas, in the format of OpenAI's API.
         choice: "auto", "any" (or "required"), "none", or the name of a tool.
-        native: Whether the model's chat template supports tools.
+        native: Whether the model's chat template supports tools, in a format whose calls can be read.
     """
 
     tools: tuple[Tool, ...]
@@ -131,30 +105,14 @@ class Toolbox:
             return [{**messages[0], "content": content}, *messages[1:]]
         return [{"role": "system", "content": text}, *messages]
 
-    def read(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
-        """The text of an answer, and the calls in it, as bare JSON or in `<tool_call>` tags."""
+    def reader(self, opening: str) -> AnswerReader:
+        """Reads the answer to a prompt that ends in `opening`."""
         if self.choice == "none":
-            return text, ()
-        call = self._read(text.strip())
-        if call is not None and call.name == ANSWER["function"]["name"] and call.name not in self._names:
-            return str(call.arguments.get("text", "")), ()
-        if call is not None:
-            return "", (call,)
-        calls = tuple(call for found in _CALL.findall(text) if (call := self._read(found)) is not None)
-        return (_CALL.sub("", text).strip(), calls) if calls else (text, ())
-
-    def _read(self, text: str) -> ToolCall | None:
-        try:
-            value = json.loads(text)
-        except ValueError:
-            return None
-        names = [tool["function"]["name"] for tool in self._offered]
-        if not isinstance(value, dict) or value.get("name") not in names:
-            return None
-        arguments = value.get("arguments", value.get("parameters", {}))
-        if not isinstance(arguments, dict):
-            return None
-        return ToolCall(f"call_{uuid4().hex[:24]}", value["name"], arguments)
+            return AnswerReader(None, opening)
+        name = ANSWER["function"]["name"]
+        answers = not self.native and self.choice == "auto" and name not in self._names
+        tools = ToolIndex.of(self.tools if self.native else self._offered, name if answers else None)
+        return AnswerReader(tools, opening)
 
 
 def _any_of(functions: Sequence[Mapping[str, Any]], answer: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -6,40 +6,21 @@ import asyncio
 import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Protocol
 
 from kvmem.cancellation import Cancellation
 from kvmem.errors import AnswerTimeoutError, ClosedError
+from kvmem.parsing.parts import Part, TextPart
 from kvmem.prompt.plan import Plan
 from kvmem.results import Answer, Source
-
-_END = object()
-
-
-class Listener(Protocol):
-    """What the engine reports while it works on a question."""
-
-    def planned(self, plan: Plan, sources: tuple[Source, ...]) -> None:
-        """The prompt is decided; called once, before any text."""
-
-    def text(self, piece: str) -> None:
-        """The next piece of the answer."""
-
-
-class Silent:
-    """A listener that discards everything."""
-
-    def planned(self, plan: Plan, sources: tuple[Source, ...]) -> None:
-        pass
-
-    def text(self, piece: str) -> None:
-        pass
+from kvmem.runtime.channel import Channel, PartListener
 
 
 class AnswerStream:
     """An iterator of text pieces, also for `async for`. Work begins when it is created; closing it early cancels it.
+
+    `parts` has thoughts and tool calls, too, while they are written. An answer can be read one way only, once.
 
     `plan` and `sources` wait until the prompt is decided; `answer` waits for the end. All three raise what the
     work raised.
@@ -49,8 +30,8 @@ class AnswerStream:
             AnswerTimeoutError.
     """
 
-    def __init__(self, executor: Executor, work: Callable[[Listener], Answer], cancellation: Cancellation) -> None:
-        self._channel = _Channel()
+    def __init__(self, executor: Executor, work: Callable[[PartListener], Answer], cancellation: Cancellation) -> None:
+        self._channel = Channel()
         self._cancellation = cancellation
         self._future: Future[Answer] = executor.submit(work, self._channel)
         self._future.add_done_callback(self._channel.finish)
@@ -59,6 +40,25 @@ class AnswerStream:
         return self
 
     def __next__(self) -> str:
+        return next(part.text for part in self.parts if isinstance(part, TextPart))
+
+    def __aiter__(self) -> AnswerStream:
+        return self
+
+    async def __anext__(self) -> str:
+        """The next piece, without blocking the event loop; leaving it closes the stream."""
+        async for part in self.parts:
+            if isinstance(part, TextPart):
+                return part.text
+        raise StopAsyncIteration
+
+    @property
+    def parts(self) -> AnswerParts:
+        """The parts of the answer while they are written: text, thoughts and tool calls."""
+        return AnswerParts(self)
+
+    def next_part(self) -> Part | None:
+        """The next part; None at the end."""
         with self._in_time():
             try:
                 piece = self._channel.take(self._left())
@@ -66,17 +66,12 @@ class AnswerStream:
                 if not self._future.done():
                     raise
                 piece = self._channel.take(None)  # the end is on its way
-        if piece is None:
-            if not self._channel.closed:
-                self._result()
-            raise StopIteration
+        if piece is None and not self._channel.closed:
+            self._result()
         return piece
 
-    def __aiter__(self) -> AnswerStream:
-        return self
-
-    async def __anext__(self) -> str:
-        """The next piece, without blocking the event loop; leaving it closes the stream."""
+    async def next_part_async(self) -> Part | None:
+        """Like `next_part`, without blocking the event loop; leaving it closes the stream."""
         try:
             with self._in_time():
                 try:
@@ -88,10 +83,8 @@ class AnswerStream:
         except asyncio.CancelledError:
             self.close()
             raise
-        if piece is None:
-            if not self._channel.closed:
-                await self.wait()
-            raise StopAsyncIteration
+        if piece is None and not self._channel.closed:
+            await self.wait()
         return piece
 
     async def wait(self) -> Answer:
@@ -185,69 +178,33 @@ class AnswerStream:
             self.close()
 
 
-class _Channel:
-    """From the engine's thread to the caller's. It knows nothing of the stream, so that an abandoned stream is
-    collected, and thereby cancelled."""
+class AnswerParts:
+    """An iterator of the parts of an answer, also for `async for`.
 
-    def __init__(self) -> None:
-        self._pieces: queue.SimpleQueue[object] = queue.SimpleQueue()
-        self.closed = False
-        self._ended = False
-        self._wake: Callable[[], None] | None = None
-        self.decided: Future[tuple[Plan, tuple[Source, ...]] | None] = Future()
+    Example:
+        ```python
+        for part in mem.stream_chat(messages, tools=tools).parts:
+            print(part)
+        ```
+    """
 
-    def planned(self, plan: Plan, sources: tuple[Source, ...]) -> None:
-        self.decided.set_result((plan, sources))
+    def __init__(self, stream: AnswerStream) -> None:
+        self._stream = stream
 
-    def text(self, piece: str) -> None:
-        self._put(piece)
+    def __iter__(self) -> AnswerParts:
+        return self
 
-    def finish(self, _: Future[Answer]) -> None:
-        if not self.decided.done():
-            self.decided.set_result(None)
-        self._put(_END)
+    def __next__(self) -> Part:
+        part = self._stream.next_part()
+        if part is None:
+            raise StopIteration
+        return part
 
-    def _put(self, item: object) -> None:
-        self._pieces.put(item)
-        wake = self._wake
-        if wake is not None:
-            wake()
+    def __aiter__(self) -> AnswerParts:
+        return self
 
-    def close(self) -> None:
-        self.closed = self._ended = True
-
-    def take(self, timeout: float | None) -> str | None:
-        """The next piece, waiting for it; None at the end. Raises queue.Empty after `timeout` seconds."""
-        if self._ended:
-            return None
-        try:
-            # What is there is taken, however late.
-            return self._checked(self._pieces.get_nowait())
-        except queue.Empty:
-            return self._checked(self._pieces.get(timeout=timeout))
-
-    async def take_async(self, timeout: float | None) -> str | None:
-        """Like `take`, without blocking the event loop."""
-        loop = asyncio.get_running_loop()
-        arrived = asyncio.Event()
-
-        def wake() -> None:
-            # The loop may be gone by the time the engine has something to say.
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(arrived.set)
-
-        self._wake = wake
-        while not self._ended:
-            try:
-                return self._checked(self._pieces.get_nowait())
-            except queue.Empty:
-                async with asyncio.timeout(timeout):
-                    await arrived.wait()
-                arrived.clear()
-        return None
-
-    def _checked(self, piece: object) -> str | None:
-        if piece is _END:
-            self._ended = True
-            return None
-        return str(piece)
+    async def __anext__(self) -> Part:
+        part = await self._stream.next_part_async()
+        if part is None:
+            raise StopAsyncIteration
+        return part

@@ -14,7 +14,8 @@ from kvmem.cancellation import Cancellation
 from kvmem.errors import ClosedError, InputError
 from kvmem.model.base import AnyModel
 from kvmem.results import Answer
-from kvmem.runtime.stream import AnswerStream, Listener
+from kvmem.runtime.channel import PartListener
+from kvmem.runtime.stream import AnswerStream
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ class Worker:
             raise ClosedError("This KVMem was closed before the work began. Open a new one.") from None
 
     def stream(
-        self, work: Callable[[Listener, Cancellation, T], Answer], timeout: float | None, prepare: Callable[[], T]
+        self, work: Callable[[PartListener, Cancellation, T], Answer], timeout: float | None, prepare: Callable[[], T]
     ) -> AnswerStream:
         """Begin `work`; closing the worker cancels it.
 
@@ -84,7 +85,7 @@ class Worker:
         """
         cancellation = Cancellation(timeout, self.closing)
 
-        def in_turn(listener: Listener) -> Answer:
+        def in_turn(listener: PartListener) -> Answer:
             prepared = prepare()
             with self.turn() if self._parallel == 1 else nullcontext():
                 return work(listener, cancellation, prepared)

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from kvmem.engine import KVMem
 from kvmem.model.base import AnyModel
+from kvmem.parsing.parts import CallPart, TextPart
 from kvmem.runtime.stream import AnswerStream
 from kvmem.serve.faults import FaultBody, install, told
 from kvmem.serve.gate import Gate
@@ -158,7 +159,7 @@ class _Server:
         def start(mem: KVMem, seconds: float) -> AnswerStream:
             return mem.stream_chat(messages, context=body.kvmem.texts(mem), timeout=seconds, **options)
 
-        return await self._reply(request, "chat.completion", namespace, start, body, held=options["tools"] is not None)
+        return await self._reply(request, "chat.completion", namespace, start, body)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """Complete a text. The text is the entire prompt."""
@@ -169,7 +170,7 @@ class _Server:
         def start(mem: KVMem, seconds: float) -> AnswerStream:
             return mem.stream_complete(prompt, blend=body.kvmem.blend, timeout=seconds, **options)
 
-        return await self._reply(request, "text_completion", namespace, start, body, held=False)
+        return await self._reply(request, "text_completion", namespace, start, body)
 
     async def _reply(
         self,
@@ -178,7 +179,6 @@ class _Server:
         namespace: str,
         start: Callable[[KVMem, float], AnswerStream],
         body: ChatRequest | CompletionRequest,
-        held: bool,
     ) -> Response:
         reply = Reply(kind, self._model.name, self._model.fingerprint)
 
@@ -203,7 +203,7 @@ class _Server:
             answered: Response = await while_connected(request, whole())
             return answered
         job: Job = await while_connected(request, begin())
-        return Events(job, _events(job, reply, body.wants_usage, held))
+        return Events(job, _events(job, reply, body.wants_usage))
 
     async def add_document(self, body: DocumentRequest, request: Request) -> dict[str, Any]:
         """Add a document. A document with the same id is replaced, and only the changed parts are read."""
@@ -265,22 +265,19 @@ class _Server:
         return own or wanted or self._settings.namespace
 
 
-async def _events(job: Job, reply: Reply, with_usage: bool, held: bool) -> AsyncIterator[str]:
-    """Yield the answer as server-sent events.
-
-    held: send the text only at the end, when tool calls can be told apart from text.
-    """
+async def _events(job: Job, reply: Reply, with_usage: bool) -> AsyncIterator[str]:
+    """Yield the answer as server-sent events."""
     try:
         if reply.kind == "chat.completion":
             yield event(reply.role())
-        async for piece in job.pieces():
-            if not held:
-                yield event(reply.piece(piece))
+        begun: set[str] = set()
+        async for part in job.parts():
+            begun |= {part.id} if isinstance(part, CallPart) else set()
+            yield event(reply.part(part))
         answer = await job.answer()
-        if held and answer.text:
-            yield event(reply.piece(answer.text))
-        if answer.tool_calls:
-            yield event(reply.calls(answer))
+        for call in answer.invalid_calls:
+            if call.id not in begun:
+                yield event(reply.part(TextPart(call.text)))
         yield event(reply.end(answer))
         if with_usage:
             yield event(reply.usage(answer))

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from kvmem.cancellation import Cancellation
 from kvmem.engine import KVMem
 from kvmem.errors import ClosedError
+from kvmem.parsing.parts import Part
 from kvmem.results import Answer
 from kvmem.runtime.stream import AnswerStream
 from kvmem.serve.gate import Gate
@@ -153,19 +154,19 @@ class Job:
         self.owner: asyncio.Task[None] | None = None
         self.stream: AnswerStream | None = None
         self.entered = self.left = False
-        self._first: str | None = None
+        self._first: Part | None = None
 
     async def first(self) -> None:
-        """Wait for the first piece or the end. Raises any error that occurs before it."""
+        """Wait for the first part or the end. Raises any error that occurs before it."""
         if self.stream is not None:
-            self._first = await anext(self.stream, None)
+            self._first = await anext(self.stream.parts, None)
 
-    async def pieces(self) -> AsyncIterator[str]:
-        """Yield the pieces of the answer, including the one that `first` waited for."""
+    async def parts(self) -> AsyncIterator[Part]:
+        """Yield the parts of the answer, including the one that `first` waited for."""
         if self._first is not None and self.stream is not None:
             yield self._first
-            async for piece in self.stream:
-                yield piece
+            async for part in self.stream.parts:
+                yield part
 
     async def answer(self) -> Answer:
         """Wait for the whole answer. Raises ClosedError if it was cancelled."""

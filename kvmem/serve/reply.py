@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 from uuid import uuid4
 
+from kvmem.parsing.parts import Part, TextPart, ThoughtPart
+from kvmem.prompt.layout import REASONING
 from kvmem.results import Answer
 from kvmem.text.document import Document
 
@@ -29,9 +31,12 @@ class Reply:
         """The complete answer, not streamed."""
         choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish_reason(answer)}
         if self.kind == "chat.completion":
-            choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
+            text = "\n".join([*([answer.text] if answer.text else []), *(call.text for call in answer.invalid_calls)])
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            if answer.reasoning:
+                choice["message"][REASONING] = answer.reasoning
             if answer.tool_calls:
-                choice["message"] |= {"content": answer.text or None, "tool_calls": tool_calls(answer)}
+                choice["message"] |= {"content": text or None, "tool_calls": tool_calls(answer)}
         else:
             choice["text"] = answer.text
         return {**self._head(self.kind), "choices": [choice], "usage": usage(answer), "kvmem": account(answer)}
@@ -40,11 +45,17 @@ class Reply:
         """The first event of a chat stream."""
         return self._event({"role": "assistant", "content": ""})
 
-    def piece(self, text: str) -> dict[str, Any]:
-        return self._event({"content": text})
-
-    def calls(self, answer: Answer) -> dict[str, Any]:
-        return self._event({"tool_calls": [{"index": i, **call} for i, call in enumerate(tool_calls(answer))]})
+    def part(self, part: Part) -> dict[str, Any]:
+        """The event of one part of the answer."""
+        if isinstance(part, TextPart):
+            return self._event({"content": part.text})
+        if isinstance(part, ThoughtPart):
+            return self._event({REASONING: part.text})
+        function: dict[str, Any] = {"arguments": part.arguments}
+        call: dict[str, Any] = {"index": part.index, "function": function}
+        if part.name is not None:
+            call |= {"id": part.id, "type": "function", "function": {"name": part.name, **function}}
+        return self._event({"tool_calls": [call]})
 
     def end(self, answer: Answer) -> dict[str, Any]:
         return {**self._event({}, finish_reason(answer)), "kvmem": account(answer)}

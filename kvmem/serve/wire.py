@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validat
 
 from kvmem.engine import KVMem
 from kvmem.errors import InputError
+from kvmem.prompt.layout import REASONING
 from kvmem.text.document import Document, as_document
 
 
@@ -165,13 +166,14 @@ class ChatMessage(_Open):
     name: str | None = None
     tool_calls: Annotated[list[Called], FirstMistake] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
     def plain(self) -> dict[str, Any]:
         """The message in the form that `KVMem.chat` takes. Raises InputError."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
         role = "system" if self.role == "developer" else self.role
         message: dict[str, Any] = {"role": role, "content": content}
-        for name in ("name", "tool_call_id"):
+        for name in ("name", "tool_call_id", REASONING):
             if getattr(self, name) is not None:
                 message[name] = getattr(self, name)
         if self.tool_calls:
@@ -208,11 +210,6 @@ class ResponseFormat(_Open):
         return self.json_schema.schema_ if self.json_schema is not None else {"type": "object"}
 
 
-class NamedTool(_Open):
-    type: Literal["function"] = "function"
-    function: Function
-
-
 class ChatRequest(_Sampled):
     """`POST /v1/chat/completions`."""
 
@@ -220,8 +217,9 @@ class ChatRequest(_Sampled):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=1000), FirstMistake] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     logprobs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _chat_supported(self) -> ChatRequest:
@@ -233,13 +231,14 @@ class ChatRequest(_Sampled):
 
     def options(self, limit: int) -> dict[str, Any]:
         """All options for `KVMem.chat` except the context. Raises InputError."""
-        choice = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else self.tool_choice
+        choice = self.tool_choice.function.name if isinstance(self.tool_choice, Tool) else self.tool_choice
         return {
             **self.sampling(limit),
             "schema": self.response_format.wanted if self.response_format is not None else None,
             "tools": [tool.model_dump(exclude_none=True) for tool in self.tools or ()] or None,
             "tool_choice": choice or "auto",
             "thread": self.kvmem.thread,
+            "chat_template_kwargs": self.chat_template_kwargs,
             "blend": self.kvmem.blend,
         }
 

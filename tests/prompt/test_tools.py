@@ -8,6 +8,7 @@ import pytest
 
 import kvmem
 from kvmem import KVMem
+from kvmem.parsing import ReadAnswer
 from kvmem.prompt.json_schema import narrow
 from kvmem.prompt.tools import Toolbox
 
@@ -23,17 +24,24 @@ CALL = '{"name": "weather", "arguments": {"days": 2}}'
 OTHERS = ('{"name": "unknown", "arguments": {}}', "It rains.", '["weather"]', '{"name": "weather", "arguments": 3}')
 
 
+def read(toolbox: Toolbox, text: str) -> ReadAnswer:
+    reader = toolbox.reader("")
+    reader.feed(text)
+    return reader.finish()
+
+
 def test_calls_are_read_from_the_forms_models_write() -> None:
     """Bare JSON and <tool_call> tags; other JSON and prose stay text."""
     toolbox = Toolbox((WEATHER,), "auto", native=False)
-    text, calls = toolbox.read(CALL)
-    assert (text, [c.arguments for c in calls]) == ("", [{"days": 2}])
-    text, calls = toolbox.read(f"Let me see.\n<tool_call>\n{CALL}\n</tool_call>")
-    assert (text, len(calls)) == ("Let me see.", 1)
+    answer = read(toolbox, CALL)
+    assert (answer.text, [c.arguments for c in answer.tool_calls]) == ("", [{"days": 2}])
+    answer = read(toolbox, f"Let me see.\n<tool_call>\n{CALL}\n</tool_call>")
+    assert (answer.text, len(answer.tool_calls)) == ("Let me see.", 1)
     for other in OTHERS:
-        assert toolbox.read(other) == (other, ())
-    assert toolbox.read('{"name": "answer", "arguments": {"text": "Sunny."}}') == ("Sunny.", ())
-    assert Toolbox((WEATHER,), "none", native=False).read(CALL) == (CALL, ())
+        answer = read(toolbox, other)
+        assert (answer.text, answer.tool_calls) == (other, ())
+    assert read(toolbox, '{"name": "answer", "arguments": {"text": "Sunny."}}').text == "Sunny."
+    assert read(Toolbox((WEATHER,), "none", native=False), CALL).text == CALL
 
 
 def test_a_model_without_tools_in_its_template_is_told_and_bound() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+from helpers import agent_model, prompts, says
 from pydantic import ValidationError
 from serving import running, serving, until_idle
 from typer.testing import CliRunner
@@ -211,7 +212,10 @@ def test_a_forced_tool_is_called_and_its_result_taken(client: httpx.Client) -> N
     assert isinstance(json.loads(call["function"]["arguments"])["n"], int)
     streamed = events(client.post(CHAT, json={**wanted, "stream": True}))
     calls = [c for e in streamed for ch in e["choices"] for c in ch["delta"].get("tool_calls", ())]
-    assert calls[0]["function"] == call["function"]
+    assert [c["function"].get("name") for c in calls] == ["look_up", *[None] * (len(calls) - 1)]
+    assert len(calls) > 2
+    arguments = "".join(c["function"]["arguments"] for c in calls)
+    assert json.loads(arguments) == json.loads(call["function"]["arguments"])
     assert streamed[-1]["choices"][0]["finish_reason"] == "tool_calls"
     history = [*HELLO, choice["message"], {"role": "tool", "tool_call_id": call["id"], "content": "42"}]
     assert client.post(CHAT, json=body(messages=history, tools=TOOLS)).status_code == 200
@@ -679,3 +683,31 @@ def test_a_server_that_is_told_to_end_tells_its_clients(saved_model: str, tmp_pa
     assert process.returncode == 0, said
     assert "Traceback" not in said
     assert DiskStore(tmp_path / "kv").database.records("default", "document").keys() == ["ferry"]
+
+
+def test_thoughts_and_growing_calls_are_events() -> None:
+    """As vLLM sends them: thoughts as reasoning_content, a call's name first, then its arguments as they grow."""
+    said = '<think>Hm.</think>I look.\n<tool_call>\n{"name": "look_up", "arguments": {"n": 4}}\n</tool_call>'
+    wanted = body(tools=TOOLS, max_tokens=200)
+    with serving(says(agent_model(), said, said, said)) as client:
+        message = client.post(CHAT, json=wanted).json()["choices"][0]["message"]
+        deltas = [e["choices"][0]["delta"] for e in events(client.post(CHAT, json={**wanted, "stream": True}))]
+        cut = client.post(CHAT, json={**wanted, "max_tokens": 60}).json()["choices"][0]
+    assert (message["content"], message["reasoning_content"]) == ("I look.", "Hm.")
+    assert "".join(delta.get("content") or "" for delta in deltas) == "I look."
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm."
+    calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert [call["function"].get("name") for call in calls] == ["look_up", *[None] * (len(calls) - 1)]
+    assert json.loads("".join(call["function"]["arguments"] for call in calls)) == {"n": 4}
+    assert "tool_calls" not in cut["message"]
+    assert cut["message"]["content"].startswith('I look.\n<tool_call>\n{"name')
+    assert cut["finish_reason"] == "length"
+
+
+def test_variables_of_the_template_are_a_field_of_a_request() -> None:
+    """By the name that vLLM's server has for them; earlier thoughts come back as reasoning_content."""
+    with prompts() as seen, serving(says(agent_model(), "A.", "B.")) as client:
+        client.post(CHAT, json=body(chat_template_kwargs={"enable_thinking": True}))
+        answered = {"role": "assistant", "content": "A.", "reasoning_content": "Hm."}
+        assert client.post(CHAT, json=body(messages=[*HELLO, answered, *HELLO])).status_code == 200
+    assert [text.endswith("<think>\n") for text in seen] == [True, False]

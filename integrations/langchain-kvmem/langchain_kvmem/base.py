@@ -32,6 +32,9 @@ _HINTS = {
     "model_id": "Use model.",
     "model_path": "Use model.",
     "repeat_penalty": "Use repetition_penalty.",
+    "enable_thinking": "Use chat_template_kwargs={'enable_thinking': ...}.",
+    "reasoning": "Use chat_template_kwargs, with the name that the model's template has for it.",
+    "reasoning_effort": "Use chat_template_kwargs={'reasoning_effort': ...}.",
 }
 
 
@@ -74,6 +77,8 @@ class BaseChatKVMem(BaseChatModel):
     """How composed caches are blended; see `kvmem.BlendSettings`."""
     namespace: str = "default"
     """Isolates documents, memories and caches, for example by user."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables for the model's chat template, such as {"enable_thinking": False}. A call may give more."""
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     """More arguments of `KVMem`."""
     generate_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -165,6 +170,7 @@ class BaseChatKVMem(BaseChatModel):
             "namespace": engine.settings.namespace,
             **{name: getattr(self, name) for name in (*SAMPLED, "stop")},
             "generate_kwargs": self.generate_kwargs,
+            "chat_template_kwargs": {**engine.settings.chat_template_kwargs, **self.chat_template_kwargs},
         }
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:

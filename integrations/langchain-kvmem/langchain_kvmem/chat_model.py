@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -12,7 +11,6 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.globals import get_llm_cache
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import BaseTool
@@ -20,18 +18,17 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from kvmem import Answer, AnswerStream, AnswerTimeoutError, InputError, KVMemError
 from kvmem.library.request import Request
-from kvmem.options import OPTION_NAMES
+from kvmem.options import OPTION_NAMES, SCOPE_NAMES
 from kvmem.prompt.tools import Toolbox
 from langchain_kvmem.base import SAMPLED, BaseChatKVMem
-from langchain_kvmem.convert import to_messages, to_metadata, to_usage
+from langchain_kvmem.chunks import Chunks, to_ai_message
+from langchain_kvmem.convert import to_messages
 from langchain_kvmem.errors import as_langchain
 from langchain_kvmem.prepared import PREPARED
 from langchain_kvmem.structured import schema_of, structured
 from langchain_kvmem.together import ANSWERS, Answers, key_of
 
-_CALL_NAMES = frozenset(
-    ("context", "collection", "documents", "retriever", "thread", "tools", "tool_choice", "generate_kwargs")
-)
+_CALL_NAMES = SCOPE_NAMES | {"thread", "tools", "tool_choice", "generate_kwargs"}
 
 
 class ChatKVMem(BaseChatKVMem):
@@ -98,15 +95,14 @@ class ChatKVMem(BaseChatKVMem):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        with_tools = bool(kwargs.get("tools"))
         with as_langchain(), self._open(messages, stop, kwargs) as stream:
-            for piece in stream:
-                if not with_tools:
-                    chunk = _chunk(piece)
-                    if run_manager:
-                        run_manager.on_llm_new_token(piece, chunk=chunk)
-                    yield chunk
-            yield self._last_chunk(stream.answer, with_tools)
+            chunks = Chunks(self.engine.model.name)
+            for part in stream.parts:
+                chunk = chunks.of(part)
+                if run_manager:
+                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
+            yield chunks.last(stream.answer)
 
     async def _astream(
         self,
@@ -116,15 +112,14 @@ class ChatKVMem(BaseChatKVMem):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         await self._ready()
-        with_tools = bool(kwargs.get("tools"))
         with as_langchain(), self._open(messages, stop, kwargs) as stream:
-            async for piece in stream:
-                if not with_tools:
-                    chunk = _chunk(piece)
-                    if run_manager:
-                        await run_manager.on_llm_new_token(piece, chunk=chunk)
-                    yield chunk
-            yield self._last_chunk(await stream.wait(), with_tools)
+            chunks = Chunks(self.engine.model.name)
+            async for part in stream.parts:
+                chunk = chunks.of(part)
+                if run_manager:
+                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
+            yield chunks.last(await stream.wait())
 
     def _open(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> AnswerStream:
         """Begin an answer; arguments of the call win over the model's."""
@@ -146,6 +141,9 @@ class ChatKVMem(BaseChatKVMem):
             given.pop(internal, None)
         if given.pop("model", self.model_name) not in (self.model_name, self.engine.model.name):
             raise InputError(f"This ChatKVMem runs {self.engine.model.name!r}. Create another one for another model.")
+        own = given.pop("chat_template_kwargs", None) or {}
+        if self.chat_template_kwargs or own:
+            given["chat_template_kwargs"] = {**self.chat_template_kwargs, **own}
         wanted = given.pop("response_format", None)
         if wanted is not None and given.get("schema") is None:
             given["schema"] = schema_of(wanted)
@@ -217,30 +215,8 @@ class ChatKVMem(BaseChatKVMem):
         return Answers(self, zip(map(key_of, prompts), found, strict=True))
 
     def _result(self, answer: Answer) -> ChatResult:
-        message = AIMessage(
-            content=answer.text,
-            tool_calls=[
-                {"name": c.name, "args": dict(c.arguments), "id": c.id, "type": "tool_call"} for c in answer.tool_calls
-            ],
-            usage_metadata=to_usage(answer.usage),
-            response_metadata=to_metadata(answer, self.engine.model.name),
-        )
+        message = to_ai_message(answer, self.engine.model.name)
         return ChatResult(generations=[ChatGeneration(message=message)])
-
-    def _last_chunk(self, answer: Answer, with_tools: bool) -> ChatGenerationChunk:
-        """Usage, metadata, and all that a model with tools said: whether text is a call is known at its end."""
-        calls = [
-            tool_call_chunk(name=c.name, args=json.dumps(c.arguments), id=c.id, index=i)
-            for i, c in enumerate(answer.tool_calls)
-        ]
-        message = AIMessageChunk(
-            content=answer.text if with_tools else "",
-            tool_call_chunks=calls,
-            usage_metadata=to_usage(answer.usage),
-            response_metadata=to_metadata(answer, self.engine.model.name),
-            chunk_position="last",
-        )
-        return ChatGenerationChunk(message=message)
 
     # Tools and structured output
 
@@ -285,7 +261,3 @@ class ChatKVMem(BaseChatKVMem):
         if kwargs:
             raise InputError(f"with_structured_output does not take {min(kwargs)}. Bind it to the model instead.")
         return structured(self, schema, method, include_raw)
-
-
-def _chunk(piece: str) -> ChatGenerationChunk:
-    return ChatGenerationChunk(message=AIMessageChunk(content=piece))

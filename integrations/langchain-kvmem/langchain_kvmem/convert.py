@@ -22,6 +22,7 @@ from langchain_core.messages.ai import UsageMetadata
 
 from kvmem import Answer, InputError, Source, Usage
 from kvmem import Document as KVMemDocument
+from kvmem.prompt.layout import REASONING
 from kvmem.text.document import as_document
 
 logger = logging.getLogger("kvmem")
@@ -68,7 +69,12 @@ def _to_message(message: BaseMessage) -> dict[str, Any]:
             {"type": "function", "id": call["id"], "function": {"name": call["name"], "arguments": call["args"]}}
             for call in message.tool_calls
         ]
-        return {"role": "assistant", "content": content, **({"tool_calls": calls} if calls else {})}
+        thoughts = _thoughts(message)
+        return {
+            **{"role": "assistant", "content": content},
+            **({REASONING: thoughts} if thoughts else {}),
+            **({"tool_calls": calls} if calls else {}),
+        }
     if isinstance(message, ToolMessage):
         return {"role": "tool", "content": content, "tool_call_id": message.tool_call_id, "name": message.name or ""}
     if isinstance(message, FunctionMessage):
@@ -76,6 +82,16 @@ def _to_message(message: BaseMessage) -> dict[str, Any]:
     if isinstance(message, ChatMessage):
         return {"role": message.role, "content": content}
     raise InputError(f"A {type(message).__name__} cannot be sent to a model. Give a system, human, AI or tool message.")
+
+
+def _thoughts(message: AIMessage) -> str:
+    """What the model thought, which its chat template may show it again."""
+    thoughts = message.additional_kwargs.get(REASONING)
+    if isinstance(thoughts, str):
+        return thoughts
+    blocks = message.content if isinstance(message.content, list) else []
+    found = [block.get("reasoning") or block.get("thinking") for block in blocks if isinstance(block, dict)]
+    return "\n".join(text for text in found if isinstance(text, str))
 
 
 def _to_content(content: str | list[str | dict[Any, Any]]) -> list[str]:
@@ -89,7 +105,7 @@ def _to_content(content: str | list[str | dict[Any, Any]]) -> list[str]:
         elif block.get("type") in ("text", "text-plain") and isinstance(block.get("text"), str):
             texts.append(block["text"] if block["type"] == "text" else f"\n\n{block['text'].strip()}\n\n")
         elif block.get("type") in ("tool_use", "tool_call", "server_tool_call", "reasoning", "thinking"):
-            continue  # calls are in message.tool_calls; thoughts of earlier turns are not sent again
+            continue  # calls are in message.tool_calls, thoughts beside the content
         elif block.get("type") == "tool_result":
             inner = block.get("content")
             texts += _to_content(inner if isinstance(inner, (str, list)) else json.dumps(inner))

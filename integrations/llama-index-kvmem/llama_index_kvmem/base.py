@@ -16,12 +16,12 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 
 from kvmem import BlendSettings, InputError, KVMem
 from kvmem.model.base import AnyModel
-from kvmem.options import OPTION_NAMES, EngineOptions, as_sampling, check_names
+from kvmem.options import OPTION_NAMES, SCOPE_NAMES, EngineOptions, as_sampling, check_names
 from kvmem.sharing import SharedEngine
 from llama_index_kvmem.structured import StructuredStreams
 
 _OPENING = threading.RLock()
-_CALL_NAMES = frozenset(("context", "collection", "documents", "retriever", "thread", "tools", "tool_choice"))
+_CALL_NAMES = SCOPE_NAMES | {"thread", "tools", "tool_choice"}
 # What LlamaIndex passes to every LLM, and what has no meaning here.
 _PASSED = frozenset(("allow_parallel_tool_calls", "tool_required", "verbose", "formatted"))
 
@@ -45,6 +45,9 @@ class BaseKVMemLLM(StructuredStreams):
     namespace: str = Field(default="default", description="Isolates memories and caches, for example by user.")
     generate_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Options of KVMem.chat, and more arguments of transformers' generate."
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Variables for the chat template, such as {'enable_thinking': False}."
     )
     model_kwargs: dict[str, Any] = Field(default_factory=dict, description="More arguments of KVMem.")
     context_window: int | None = Field(default=None, gt=0, description="At most so many tokens of the model's window.")
@@ -171,6 +174,9 @@ class BaseKVMemLLM(StructuredStreams):
         names = ("temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed", "timeout", "blend")
         given: dict[str, Any] = {name: getattr(self, name) for name in names}
         given |= {**self.generate_kwargs, **{n: v for n, v in kwargs.items() if n not in _PASSED}}
+        own = given.pop("chat_template_kwargs", None) or {}
+        if self.chat_template_kwargs or own:
+            given["chat_template_kwargs"] = {**self.chat_template_kwargs, **own}
         given["max_tokens"] = given.pop("max_new_tokens", None) or given.get("max_tokens") or self.max_new_tokens
         given["tool_choice"] = given.get("tool_choice") or "auto"
         more = {name: given.pop(name) for name in [*given] if name not in OPTION_NAMES | _CALL_NAMES}

@@ -11,16 +11,16 @@ from typing import Any
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
-    ChatResponse,
-    CompletionResponse,
     MessageRole,
     TextBlock,
+    ThinkingBlock,
     ToolCallBlock,
 )
 from llama_index.core.schema import BaseNode, MetadataMode, NodeRelationship, NodeWithScore, RelatedNodeInfo, TextNode
 from llama_index.core.schema import Document as LlamaDocument
 
 from kvmem import Answer, Chunk, Document, InputError, KVMem, Source
+from kvmem.prompt.layout import REASONING
 from kvmem.text.document import as_document, chosen_id
 
 logger = logging.getLogger("kvmem")
@@ -161,19 +161,23 @@ def to_raw(answer: Answer) -> dict[str, Any]:
 
 def to_message(message: ChatMessage) -> dict[str, Any]:
     """A message as `KVMem.chat` takes it. Raises InputError."""
-    texts, calls = [], []
+    texts, calls, thoughts = [], [], []
     for block in message.blocks:
         if isinstance(block, TextBlock):
             texts.append(block.text)
         elif isinstance(block, ToolCallBlock):
             calls.append(_call(block.tool_call_id or "", block.tool_name, block.tool_kwargs))
-        elif block.block_type != "thinking":
+        elif isinstance(block, ThinkingBlock):
+            thoughts.append(block.content or "")
+        else:
             raise InputError(f"A message holds a {type(block).__name__}; this model reads text. Give text.")
     converted: dict[str, Any] = {"role": message.role.value, "content": texts}
     given = message.additional_kwargs.get("tool_calls") or []
     calls = [_call(c.get("id", ""), c["function"]["name"], c["function"]["arguments"]) for c in given] or calls
     if calls:
         converted["tool_calls"] = calls
+    if any(thoughts):
+        converted[REASONING] = "\n".join(thoughts)
     if message.role == MessageRole.TOOL:
         converted["tool_call_id"] = message.additional_kwargs.get("tool_call_id", "")
         converted["name"] = message.additional_kwargs.get("name", "")
@@ -184,29 +188,6 @@ def _call(identity: str, name: str, arguments: Any) -> dict[str, Any]:
     """A call as chat templates take it: its arguments a mapping."""
     parsed: Mapping[str, Any] = json.loads(arguments) if isinstance(arguments, str) else dict(arguments)
     return {"id": identity, "type": "function", "function": {"name": name, "arguments": parsed}}
-
-
-def to_partial(text: str, piece: str) -> ChatResponse:
-    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), delta=piece)
-
-
-def to_last(answer: Answer, tools: bool) -> ChatResponse:
-    """The end of a stream: nothing new unless there were tools, when all of it comes at once."""
-    response = to_response(answer)
-    response.delta = answer.text if tools else ""
-    return response
-
-
-def to_response(answer: Answer) -> ChatResponse:
-    calls = [call.as_openai() for call in answer.tool_calls]
-    message = ChatMessage(
-        role=MessageRole.ASSISTANT, content=answer.text, additional_kwargs={"tool_calls": calls} if calls else {}
-    )
-    return ChatResponse(message=message, raw=to_raw(answer))
-
-
-def to_completion(response: ChatResponse) -> CompletionResponse:
-    return CompletionResponse(text=response.message.content or "", raw=response.raw, delta=response.delta)
 
 
 def to_plain(messages: Sequence[ChatMessage]) -> str:

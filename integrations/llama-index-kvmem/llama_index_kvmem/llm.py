@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,20 +25,14 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.prompts.base import BasePromptTemplate
 from llama_index.core.types import TokenAsyncGen
+from pydantic_core import from_json
 
 from kvmem import AnswerStream, KVMem
 from kvmem.options import OPTION_NAMES
 from llama_index_kvmem.base import BaseKVMemLLM
-from llama_index_kvmem.convert import (
-    to_completion,
-    to_last,
-    to_message,
-    to_partial,
-    to_plain,
-    to_response,
-    without_memories,
-)
+from llama_index_kvmem.convert import to_message, to_plain, without_memories
 from llama_index_kvmem.prepared import PREPARED
+from llama_index_kvmem.responses import Growing, to_completion, to_last, to_response
 
 if TYPE_CHECKING:
     from llama_index.core.tools.types import BaseTool
@@ -129,16 +122,14 @@ class KVMemLLM(BaseKVMemLLM):
         return self._stream_chat(messages, **kwargs)
 
     def _stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        stream, tools = self._open(messages, kwargs), bool(kwargs.get("tools"))
+        stream = self._open(messages, kwargs)
 
         def pieces() -> ChatResponseGen:
-            text = ""
+            growing = Growing()
             with stream:
-                for piece in stream:
-                    if not tools:
-                        text += piece
-                        yield to_partial(text, piece)
-                yield to_last(stream.answer, tools)
+                for part in stream.parts:
+                    yield growing.add(part)
+                yield to_last(stream.answer)
 
         return pieces()
 
@@ -148,16 +139,14 @@ class KVMemLLM(BaseKVMemLLM):
 
     async def _astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         await self._ready()
-        stream, tools = self._open(messages, kwargs), bool(kwargs.get("tools"))
+        stream = self._open(messages, kwargs)
 
         async def pieces() -> ChatResponseAsyncGen:
-            text = ""
+            growing = Growing()
             with stream:
-                async for piece in stream:
-                    if not tools:
-                        text += piece
-                        yield to_partial(text, piece)
-                yield to_last(await stream.wait(), tools)
+                async for part in stream.parts:
+                    yield growing.add(part)
+                yield to_last(await stream.wait())
 
         return pieces()
 
@@ -188,7 +177,7 @@ class KVMemLLM(BaseKVMemLLM):
                 for piece in stream:
                     text += piece
                     yield CompletionResponse(text=text, delta=piece)
-                yield to_completion(to_last(stream.answer, tools=False))
+                yield to_completion(to_last(stream.answer))
 
         return pieces()
 
@@ -205,7 +194,7 @@ class KVMemLLM(BaseKVMemLLM):
                 async for piece in stream:
                     text += piece
                     yield CompletionResponse(text=text, delta=piece)
-                yield to_completion(to_last(await stream.wait(), tools=False))
+                yield to_completion(to_last(await stream.wait()))
 
         return pieces()
 
@@ -271,7 +260,16 @@ class KVMemLLM(BaseKVMemLLM):
             ToolSelection(
                 tool_id=call["id"],
                 tool_name=call["function"]["name"],
-                tool_kwargs=json.loads(call["function"]["arguments"]),
+                tool_kwargs=_arguments(call["function"]["arguments"]),
             )
             for call in calls
         ]
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    """Arguments of a call; while they are written, as far as they are known. Agents look at every response."""
+    try:
+        found: dict[str, Any] = from_json(text, allow_partial=True)
+    except ValueError:
+        return {}
+    return found

@@ -22,7 +22,7 @@ from kvmem.options import Blend, Sampling
 from kvmem.prompt.json_schema import narrow_for
 from kvmem.prompt.layout import Span
 from kvmem.results import Answer, Prefill, Timings, Usage
-from kvmem.runtime.stream import Listener, Silent
+from kvmem.runtime.channel import Listener, Silent
 from kvmem.settings import BlendSettings
 
 # Number of recent prompts remembered, so that later ones can start the same way.
@@ -180,6 +180,8 @@ class VLLMBackend:
         drawn = {"top_k": sampling.top_k, "min_p": sampling.min_p, "repetition_penalty": sampling.repetition_penalty}
         given = {name: value for name, value in drawn.items() if value is not None}
         extra: dict[str, Any] = {**_NEUTRAL, **given, **sampling.extra, "cache_salt": self._namespace}
+        if sampling.marks and self._model.mark_ids:
+            extra["skip_special_tokens"] = False
         if sampling.schema is not None:
             schema = narrow_for(self._model, sampling.schema, sampling.max_tokens)
             extra["structured_outputs"] = {"json": schema}
