@@ -83,6 +83,27 @@ def library(
 
 
 @app.command()
+def agents(
+    model: Annotated[
+        str | None, typer.Option(help="A model that calls tools; default: the one of `make models`.")
+    ] = None,
+    tasks: Annotated[int, typer.Option(min=1, max=10)] = 10,
+    threads: Threads = None,
+    output: Output = RESULTS,
+) -> None:
+    """Run agents of LangChain and LlamaIndex on tasks of several steps, beside transformers' own generate."""
+    with errors():
+        from benchmarks import agents as benchmark
+        from benchmarks.models import qwen_path
+        from kvmem.measure import write_json
+
+        loaded = LanguageModel.load(model or str(qwen_path()), ModelSettings(threads=threads))
+        result = benchmark.run(loaded, tasks)
+        write_json(output / f"agents-{Path(loaded.name).stem}.json", result)
+        out.print(benchmark.table(result))
+
+
+@app.command()
 def task(
     model: Model = "smollm2",
     cases: Annotated[int, typer.Option(min=1)] = 80,

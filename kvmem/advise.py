@@ -12,7 +12,7 @@ import torch
 from kvmem.blend.compose import Composer
 from kvmem.kv.entry import Context
 from kvmem.model.local import LanguageModel
-from kvmem.prompt.layout import Span
+from kvmem.prompt.span import Span
 from kvmem.settings import BlendSettings
 from kvmem.store.base import Store
 

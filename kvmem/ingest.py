@@ -13,7 +13,8 @@ from kvmem.kv.entry import EntryKey
 from kvmem.library.corpus import Chunker, Corpora, Corpus
 from kvmem.library.request import RequestBuilder
 from kvmem.library.stats import DocumentStats, Stats
-from kvmem.prompt.layout import Message, Span, standing
+from kvmem.prompt.layout import Message, standing
+from kvmem.prompt.span import Span
 from kvmem.settings import Settings
 from kvmem.store.base import Store
 from kvmem.text.document import Document

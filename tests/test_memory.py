@@ -25,7 +25,8 @@ from kvmem import (
 )
 from kvmem.backends import local
 from kvmem.library.threads import Branch, recut
-from kvmem.prompt.layout import Prompt, Span
+from kvmem.prompt.layout import Prompt
+from kvmem.prompt.span import Span
 from kvmem.store.view import RecordView
 from kvmem.testing import tiny_model
 

@@ -11,7 +11,7 @@ from kvmem.library.request import Request
 from kvmem.library.threads import Turn
 from kvmem.model.local import LanguageModel
 from kvmem.options import Blend, Sampling
-from kvmem.prompt.layout import Span
+from kvmem.prompt.span import Span
 from kvmem.results import Answer, Prefill
 from kvmem.runtime.channel import Listener
 from kvmem.settings import BlendSettings

@@ -26,7 +26,8 @@ from kvmem.library.request import RequestBuilder, prefix_of
 from kvmem.library.scope import Scope
 from kvmem.model.local import LanguageModel
 from kvmem.options import Blend
-from kvmem.prompt.layout import DEFAULT_SYSTEM, Span, Typesetter
+from kvmem.prompt.layout import DEFAULT_SYSTEM, Typesetter
+from kvmem.prompt.span import Span
 from kvmem.results import Prefill
 from kvmem.settings import BlendSettings, Settings, default_cache_dir
 from kvmem.store.memory import MemoryStore

@@ -17,7 +17,8 @@ from kvmem.library.request import prefix_of
 from kvmem.model.base import AnyModel
 from kvmem.model.local import LanguageModel
 from kvmem.model.locate import is_remote
-from kvmem.prompt.layout import DEFAULT_SYSTEM, Span, Typesetter
+from kvmem.prompt.layout import DEFAULT_SYSTEM, Typesetter
+from kvmem.prompt.span import Span
 from kvmem.runtime.worker import turns_of
 from kvmem.settings import ModelSettings, Settings
 from kvmem.store.base import Store

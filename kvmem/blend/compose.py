@@ -15,7 +15,7 @@ from kvmem.cancellation import NEVER, Cancellation
 from kvmem.errors import PromptTooLongError
 from kvmem.kv.entry import Context, EntryInfo, EntryKey, KVEntry
 from kvmem.model.local import LanguageModel
-from kvmem.prompt.layout import Span
+from kvmem.prompt.span import Span
 from kvmem.store.base import Store
 
 

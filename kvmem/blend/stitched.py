@@ -9,7 +9,7 @@ from typing import Literal
 
 from kvmem.kv.buffer import BlendedCache
 from kvmem.kv.entry import KVEntry
-from kvmem.prompt.layout import Span
+from kvmem.prompt.span import Span
 
 Origin = Literal["exact", "computed", "reused"]
 

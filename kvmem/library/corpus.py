@@ -15,7 +15,8 @@ from kvmem.cancellation import NEVER, Cancellation
 from kvmem.errors import InputError, UnknownDocumentError
 from kvmem.library.selection import Selection
 from kvmem.model.base import AnyModel
-from kvmem.prompt.layout import Span, Typesetter, standing
+from kvmem.prompt.layout import Typesetter, standing
+from kvmem.prompt.span import Span
 from kvmem.settings import SplitSettings
 from kvmem.store.memory_records import MemoryDatabase
 from kvmem.store.records import Database, Record

@@ -22,13 +22,13 @@ from kvmem.prompt.layout import (
     Message,
     Piece,
     Prompt,
-    Span,
     TemplateOptions,
     Typesetter,
     as_pieces,
 )
 from kvmem.prompt.messages import characters_of, check_messages, check_question, check_raw, text_of, without_oldest_turn
 from kvmem.prompt.plan import Plan, make_plan
+from kvmem.prompt.span import Span
 from kvmem.results import Source
 from kvmem.settings import Settings
 from kvmem.text.document import Chunk

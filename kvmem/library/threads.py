@@ -14,7 +14,8 @@ from uuid import uuid4
 from cachetools import LRUCache
 
 from kvmem.errors import InputError, UnknownThreadError
-from kvmem.prompt.layout import Message, Prompt, Span, as_pieces
+from kvmem.prompt.layout import Message, Prompt, as_pieces
+from kvmem.prompt.span import Span
 from kvmem.store.records import Database, Record, list_key, list_prefix
 from kvmem.text.document import check_text
 

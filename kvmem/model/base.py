@@ -85,12 +85,13 @@ class AnyModel(ABC):
     @cached_property
     def mark_ids(self) -> frozenset[int]:
         """Special tokens that mark thoughts or tool calls."""
-        special = self._special_ids
+        special = self.special_ids
         marks = {identity for identity, token in special.items() if is_mark(token)}
         return frozenset(marks - {self.tokenizer.eos_token_id})
 
     @cached_property
-    def _special_ids(self) -> dict[int, str]:
+    def special_ids(self) -> dict[int, str]:
+        """Special tokens by id."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         return {identity: str(token) for identity, token in added.items() if token.special}
 
@@ -98,7 +99,7 @@ class AnyModel(ABC):
         """Token ids as text without special tokens; with `marks`, those that mark thoughts or tool calls stay."""
         if not marks or not self.mark_ids:
             return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
-        kept = [token for token in token_ids if token in self.mark_ids or token not in self._special_ids]
+        kept = [token for token in token_ids if token in self.mark_ids or token not in self.special_ids]
         return str(self.tokenizer.decode(kept, skip_special_tokens=False))
 
     def tokenize(self, text: str, *, markup: bool) -> tuple[int, ...]:

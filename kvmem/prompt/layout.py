@@ -1,7 +1,8 @@
 """Prompts: messages, rendered with the model's own chat template and cut into spans.
 
-Each span is tokenised separately, so a text has the same ids wherever it stands. The texts of messages are plain text:
-template markup inside them is not interpreted.
+Texts are tokenized separately, so they have the same ids wherever they stand. Where the tokenizer joins the ends of two
+texts within a span, the tokens there are those of the whole. The texts of messages are plain text: template markup in
+them is not interpreted.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 from kvmem.cancellation import NEVER, Cancellation
 from kvmem.errors import InputError, ModelError
-from kvmem.kv.entry import digest_tokens
 from kvmem.model.base import AnyModel
 from kvmem.prompt.adapt import forms
+from kvmem.prompt.seam import Seams, SpanCutter
+from kvmem.prompt.span import Span
 from kvmem.text.chunking import KnownTexts, segment
 
 DEFAULT_SYSTEM = "You answer questions about the documents below. Answer briefly, using only what they say."
@@ -28,21 +30,6 @@ RAW_BLOCK = 128
 _MARK = "\u241f"
 # The thoughts of an assistant message, by the name that chat templates and servers use.
 REASONING = "reasoning_content"
-
-
-@dataclass(frozen=True)
-class Span:
-    """Consecutive tokens of a prompt that are cached as a unit. document: id of the document it belongs to, if any."""
-
-    token_ids: tuple[int, ...]
-    document: str | None = None
-
-    @cached_property
-    def digest(self) -> str:
-        return digest_tokens(self.token_ids)
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
 
 
 @dataclass(frozen=True)
@@ -116,6 +103,7 @@ class Typesetter:
     def __init__(self, model: AnyModel) -> None:
         self._model = model
         self._tokenize = lru_cache(4096)(lambda text, markup: model.tokenize(text, markup=markup))
+        self._seams = Seams(model)
         self._segments = KnownTexts(lambda text, count: segment(text, count, SMALLEST_SPAN), model.count_all)
 
     def lay_out(
@@ -131,45 +119,42 @@ class Typesetter:
         """
         pieces = self._render(messages, options)
         texts = [i for i, piece in enumerate(pieces) if not piece.markup and piece.document is None and piece.text]
-        spans: list[Span] = []
-        current: list[int] = []
+        cutter = SpanCutter(self._seams)
         split_at: int | None = None
-
-        def close() -> None:
-            if current:
-                spans.append(Span(tuple(current)))
-                current.clear()
-
         for number, piece in enumerate(pieces):
-            if piece is CONTEXT or piece.document is not None:
-                close()
             if piece is CONTEXT:
+                cutter.break_off()
                 if self._model.separator:
-                    spans.append(Span(self._model.separator))
-                split_at = len(spans)
+                    cutter.put(Span(self._model.separator))
+                split_at = len(cutter.spans)
             elif piece.document is not None:
-                spans.append(self.chunk(piece.text, piece.document))
+                cutter.put(self.chunk(piece.text, piece.document))
             elif piece.markup:
-                current += self._tokenize(piece.text, True)
+                cutter.add(piece.text, self._tokenize(piece.text, True), markup=True)
             else:
-                parts = self._segments(piece.text, cancellation)
-                for index, part in enumerate(parts):
-                    ids = self._tokenize(part, False)
-                    # The system message stays with the template's head, which is too short to be a span.
-                    at_head = number <= 1 and index == 0 and messages[0]["role"] == "system"
-                    if len(ids) >= SMALLEST_SPAN and not at_head:
-                        close()
-                    current += ids
-                    last = number == texts[-1] and index + 1 == len(parts)
-                    if len(current) >= SMALLEST_SPAN and not last:
-                        close()
-        edge = len(spans) if split_at is None else split_at
+                # The system message stays with the template's head, which is too short to be a span.
+                at_head = number <= 1 and messages[0]["role"] == "system"
+                self._add_text(cutter, piece.text, at_head, number == texts[-1], cancellation)
+        edge = len(cutter.spans) if split_at is None else split_at
         opening = pieces[-1].text if pieces[-1].markup else ""
-        return Layout(tuple(spans[:edge]), tuple(spans[edge:]), tuple(current), opening)
+        return Layout(tuple(cutter.spans[:edge]), tuple(cutter.spans[edge:]), tuple(cutter.current), opening)
+
+    def _add_text(
+        self, cutter: SpanCutter, text: str, at_head: bool, is_last: bool, cancellation: Cancellation
+    ) -> None:
+        parts = self._segments(text, cancellation)
+        for index, part in enumerate(parts):
+            ids = self._tokenize(part, False)
+            if len(ids) >= SMALLEST_SPAN and not (at_head and index == 0):
+                cutter.close()
+            cutter.add(part, ids, markup=False)
+            if len(cutter.current) >= SMALLEST_SPAN and not (is_last and index + 1 == len(parts)):
+                cutter.close()
 
     def release(self) -> None:
         """Clear the in-memory caches."""
         self._tokenize.cache_clear()
+        self._seams.between.cache_clear()
         self._segments.clear()
 
     def lay_out_raw(self, prompt: str | Sequence[int]) -> Layout:

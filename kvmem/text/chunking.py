@@ -124,7 +124,19 @@ def segment(text: str, count_tokens: CountTokens, minimum: int) -> tuple[str, ..
         if size >= minimum:
             pieces.append(small)
             small, size = "", 0
-    return (*pieces, small) if small else tuple(pieces)
+    return _with_spaces_in_front([*pieces, small] if small else pieces)
+
+
+def _with_spaces_in_front(pieces: Sequence[str]) -> tuple[str, ...]:
+    """Pieces with the space between two sentences at the head of the second, where tokens have it."""
+    moved: list[str] = []
+    space = ""
+    for number, piece in enumerate(pieces):
+        last = number + 1 == len(pieces)
+        kept = piece if last else piece.rstrip(" ") or piece
+        moved.append(space + kept)
+        space = piece[len(kept) :]
+    return tuple(moved)
 
 
 def _paragraphs(atoms: Sequence[_Atom]) -> Iterator[tuple[str, int]]:

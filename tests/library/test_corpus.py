@@ -11,7 +11,8 @@ from langchain_core.documents import Document as LangChainDocument
 
 from kvmem import Document, EmptyInputError, HybridRetriever, InputError, KVMem, LanguageModel, UnknownDocumentError
 from kvmem.kv.entry import digest_tokens
-from kvmem.prompt.layout import Span, standing
+from kvmem.prompt.layout import standing
+from kvmem.prompt.span import Span
 from kvmem.testing import tiny_model
 from kvmem.text.document import Chunk
 
