@@ -88,18 +88,20 @@ def agents(
         str | None, typer.Option(help="A model that calls tools; default: the one of `make models`.")
     ] = None,
     tasks: Annotated[int, typer.Option(min=1, max=10)] = 10,
+    dtype: Annotated[str, typer.Option(help="float32 makes equal mean equal.")] = "float32",
     threads: Threads = None,
     output: Output = RESULTS,
 ) -> None:
-    """Run agents of LangChain and LlamaIndex on tasks of several steps, beside transformers' own generate."""
+    """Run agents of LangChain and LlamaIndex on tasks of two steps, beside transformers' own generate."""
     with errors():
         from benchmarks import agents as benchmark
         from benchmarks.models import qwen_path
         from kvmem.measure import write_json
 
-        loaded = LanguageModel.load(model or str(qwen_path()), ModelSettings(threads=threads))
+        loaded = LanguageModel.load(model or str(qwen_path()), ModelSettings(threads=threads, dtype=dtype))
+        loaded.name = Path(loaded.name).stem
         result = benchmark.run(loaded, tasks)
-        write_json(output / f"agents-{Path(loaded.name).stem}.json", result)
+        write_json(output / f"agents-{loaded.name}.json", result)
         out.print(benchmark.table(result))
 
 

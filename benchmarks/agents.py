@@ -1,4 +1,4 @@
-"""Agents of LangChain and LlamaIndex on tasks of several steps, beside transformers' own `generate`."""
+"""Agents of LangChain and LlamaIndex on tasks of two steps, beside transformers' own `generate`."""
 
 from __future__ import annotations
 
@@ -27,49 +27,26 @@ from kvmem.parsing.tools import ToolIndex
 from langchain_kvmem import ChatKVMem
 from llama_index_kvmem import KVMemLLM
 
-PRICES = {
-    "lamp": 12,
-    "chair": 45,
-    "table": 130,
-    "rug": 80,
-    "clock": 27,
-    "mirror": 64,
-    "vase": 19,
-    "shelf": 55,
-    "desk": 210,
-    "stool": 33,
-}
-COUNTS = (3, 4, 2, 5, 6, 2, 7, 3, 2, 8)
-SYSTEM = "You answer with the help of tools. Call one tool at a time and use its result."
+NAMES = ("Alice", "Bob", "Carol", "David", "Erin", "Frank", "Grace", "Henry", "Irene", "Jack")
+IDS = {name: 17 + 13 * number for number, name in enumerate(NAMES)}
+SYSTEM = "You look things up with tools, one call at a time, and answer in one sentence when you have the result."
 
 
-def get_price(item: str) -> float:
-    """Get the price of one item in euros."""
-    return PRICES.get(item.lower().removesuffix("s"), 0)
+def find_user(name: str) -> int:
+    """Find the id of a user by name."""
+    return IDS.get(name, 0)
 
 
-def multiply(a: float, b: float) -> float:
-    """Multiply two numbers."""
-    return a * b
+def get_email(user_id: int) -> str:
+    """Get the email address of a user by id."""
+    return next((_address(name) for name, identity in IDS.items() if identity == user_id), "unknown id")
 
 
-TOOLS = ToolIndex.of([convert_to_openai_tool(tool(function)) for function in (get_price, multiply)])
+def _address(name: str) -> str:
+    return f"{name.lower()}{IDS[name] % 10}@corp.example"
 
 
-@dataclass(frozen=True)
-class Task:
-    """A question that takes two calls, one after the other."""
-
-    item: str
-    count: int
-
-    @property
-    def question(self) -> str:
-        return f"How much do {self.count} pieces of the item {self.item!r} cost together?"
-
-    @property
-    def total(self) -> int:
-        return PRICES[self.item] * self.count
+TOOLS = ToolIndex.of([convert_to_openai_tool(tool(function)) for function in (find_user, get_email)])
 
 
 @dataclass(frozen=True)
@@ -113,25 +90,27 @@ def run(model: LanguageModel, tasks: int = 10, max_tokens: int = 96, repeats: in
     rows = []
     with KVMem(model, None) as mem:
         for name, ask in frameworks.items():
-            for task in [Task(item, count) for item, count in zip(PRICES, COUNTS, strict=True)][:tasks]:
+            for user in NAMES[:tasks]:
                 with watched() as turns:
-                    answer = ask(mem, task.question, max_tokens)
-                rows.append({"framework": name, **_row(model, task, answer, turns, max_tokens)})
+                    answer = ask(
+                        mem, f"First find the user {user}, then get the email address of that user id.", max_tokens
+                    )
+                rows.append({"framework": name, **_row(model, user, answer, turns, max_tokens)})
         ratio = _first_text_ratio(mem, repeats)
     settings = {"tasks": tasks, "max_tokens": max_tokens, "repeats": repeats}
     return {**describe(model, **settings), "rows": rows, "first_text_ratio": ratio}
 
 
-def _row(model: LanguageModel, task: Task, answer: str, turns: list[Turn], max_tokens: int) -> dict[str, Any]:
+def _row(model: LanguageModel, user: str, answer: str, turns: list[Turn], max_tokens: int) -> dict[str, Any]:
     made = [_calls(turn.written, turn.opening) for turn in turns]
     expected = [_calls(_generated(model, turn.token_ids, max_tokens), turn.opening) for turn in turns]
     return {
-        "item": task.item,
+        "user": user,
         "calls": [call for calls in made for call in calls],
         "turns": len(turns),
         "answer": answer,
         "finished": not made[-1],
-        "correct": str(task.total) in answer.replace(",", ""),
+        "correct": _address(user) in answer,
         "equal": made == expected,
     }
 
@@ -154,7 +133,7 @@ def _generated(model: LanguageModel, token_ids: list[int], max_tokens: int) -> s
 
 def _langchain(mem: KVMem, question: str, max_tokens: int) -> str:
     agent: Any = create_agent(
-        ChatKVMem(mem=mem, max_tokens=max_tokens), [tool(get_price), tool(multiply)], system_prompt=SYSTEM
+        ChatKVMem(mem=mem, max_tokens=max_tokens), [tool(find_user), tool(get_email)], system_prompt=SYSTEM
     )
     result = agent.invoke({"messages": [("human", question)]}, {"recursion_limit": 16})
     return str(result["messages"][-1].content)
@@ -162,7 +141,7 @@ def _langchain(mem: KVMem, question: str, max_tokens: int) -> str:
 
 def _llama_index(mem: KVMem, question: str, max_tokens: int) -> str:
     async def main() -> str:
-        tools: Any = [FunctionTool.from_defaults(get_price), FunctionTool.from_defaults(multiply)]
+        tools: Any = [FunctionTool.from_defaults(find_user), FunctionTool.from_defaults(get_email)]
         agent = FunctionAgent(
             tools=tools, llm=KVMemLLM(mem, max_new_tokens=max_tokens), system_prompt=SYSTEM, streaming=False
         )
@@ -174,7 +153,7 @@ def _llama_index(mem: KVMem, question: str, max_tokens: int) -> str:
 def _first_text_ratio(mem: KVMem, repeats: int) -> float:
     """Median time to the first piece of text with tools bound, over that without; prompts have been read before."""
     messages = [{"role": "user", "content": "Say hello in one short sentence."}]
-    tools = [convert_to_openai_tool(tool(function)) for function in (get_price, multiply)]
+    tools = [convert_to_openai_tool(tool(function)) for function in (find_user, get_email)]
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for number in range(repeats + 1):
         for bound, found in seconds.items():
@@ -188,9 +167,9 @@ def _first_text_ratio(mem: KVMem, repeats: int) -> float:
 
 def table(result: dict[str, Any]) -> Table:
     """A table of the tasks."""
-    shown = Table("framework", "item", "calls", "finished", "correct", "as generate", title=result["model"])
+    shown = Table("framework", "user", "calls", "finished", "correct", "as generate", title=result["model"])
     for row in result["rows"]:
         made = ", ".join(call["name"] for call in row["calls"])
-        shown.add_row(row["framework"], row["item"], made, *(str(row[n]) for n in ("finished", "correct", "equal")))
+        shown.add_row(row["framework"], row["user"], made, *(str(row[n]) for n in ("finished", "correct", "equal")))
     shown.caption = f"first text with tools ÷ without: {result['first_text_ratio']:.2f}"
     return shown

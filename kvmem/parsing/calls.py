@@ -90,8 +90,12 @@ class CallReader:
             before = source.position
             yield from source.match(marks.BETWEEN)
             begins = source.position if mark is None or found else mark
+            # Qwen2.5's template shows calls in double braces, and its models write them.
+            doubled = (yield from source.match(marks.DOUBLED)) is not None
             if source.rest[:1] == "{" and (yield from self._object(certain, begins)):
                 found += 1
+                if doubled:
+                    yield from source.match(marks.BRACE)
                 continue
             if is_array and found and source.rest[:1] == "]":
                 source.position += 1

@@ -151,5 +151,8 @@ SPACE = regex.compile(r"\s*")
 BETWEEN = regex.compile(r"[\s,;]*")
 FENCE_END = regex.compile(r"\s*```[ \t]*(?=\n|$)")
 PYTHON_FENCE = regex.compile(r"```(?:python|tool_code)?[ \t]*\n")
+# A brace before the brace of an object, and the one that closes it.
+DOUBLED = regex.compile(r"\{(?=\s*\{)")
+BRACE = regex.compile(r"\s*\}")
 BACKTICKS = regex.compile(r"\s*```")
 PYTHONIC = regex.compile(r"\[\s*(?P<name>[A-Za-z_][\w.]*)\s*\(")
