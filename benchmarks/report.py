@@ -34,7 +34,8 @@ def _provenance(path: Path, result: dict[str, Any]) -> str:
     with_bfloat16 = f" with {machine['bfloat16']} for bfloat16" if "bfloat16" in machine else ""
     where = f"{machine['cpu'] or 'unknown CPU'}{with_bfloat16}, {machine['cores']} cores, {result['threads']} thread(s)"
     blend = f", default recompute {result['default_recompute']:.0%}" if "default_recompute" in result else ""
-    return f"*{path.name}: {result['dtype']} on {result['device']}, {where}{blend}; {versions}.*"
+    commit = f", commit {result['commit']}" if result.get("commit") else ""
+    return f"*{path.name}: {result['dtype']} on {result['device']}, {where}{blend}; {versions}{commit}.*"
 
 
 _PLOTS = {
@@ -42,6 +43,7 @@ _PLOTS = {
     "conversation": "Tokens computed and time to the first token, by turn",
 }
 _SECTIONS = {
+    "agents": answers.agents,
     "tried": answers.tried,
     "store": caches.store,
     "library": caches.library,

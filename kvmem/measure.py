@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
@@ -22,7 +24,7 @@ from kvmem.settings import BlendSettings
 
 
 def describe(model: LanguageModel, **settings: Any) -> dict[str, Any]:
-    """The provenance of a result: model, machine, versions and settings."""
+    """The provenance of a result: model, machine, versions, commit and settings."""
     return {
         "model": model.name,
         "fingerprint": model.fingerprint,
@@ -37,9 +39,21 @@ def describe(model: LanguageModel, **settings: Any) -> dict[str, Any]:
         },
         "versions": {name: version(name) for name in ("kvmem", "torch", "transformers")},
         "python": platform.python_version(),
+        "commit": _commit(),
         "default_recompute": BlendSettings().share,
         "settings": settings,
     }
+
+
+def _commit() -> str | None:
+    """The commit of the clone that this code runs from; None outside of a clone, or without git."""
+    clone = Path(__file__).parents[1]
+    git = shutil.which("git")
+    if git is None or not (clone / ".git").exists():
+        return None
+    command = [git, "-C", str(clone), "describe", "--always", "--dirty", "--exclude=*"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    return found.stdout.strip() or None
 
 
 def _cpu() -> str:

@@ -26,6 +26,24 @@ def fidelity(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def agents(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for name in dict.fromkeys(row["framework"] for row in result["rows"]):
+        found = [row for row in result["rows"] if row["framework"] == name]
+        kinds = ("finished", "correct", "equal")
+        rows.append((name, *(f"{sum(row[kind] for row in found)} of {len(found)}" for kind in kinds)))
+    return [
+        f"## Agents: {result['model']}",
+        "",
+        "Tasks that take two calls, the second with the result of the first, by LangChain's `create_agent` and LlamaIndex's "
+        "`FunctionAgent`. The last column is how often transformers' `generate` makes the same calls on the same prompts.",
+        "",
+        *table(("", "finished", "correct", "as generate"), rows),
+        "",
+        f"Time to the first text with tools bound, over that without: {result['first_text_ratio']:.2f}.",
+    ]
+
+
 def task(result: dict[str, Any]) -> list[str]:
     rows = [
         (name, f"{row['accuracy']:.2f} [{row['interval'][0]:.2f}, {row['interval'][1]:.2f}]", f"{row['agreement']:.2f}")

@@ -11,6 +11,7 @@ from rich.markup import escape
 from kvmem.engine import KVMem
 from kvmem.errors import KVMemError, UnknownThreadError
 from kvmem.memory import Memory
+from kvmem.parsing.parts import TextPart, ThoughtPart
 from kvmem.results import Answer
 
 _HELP = """\
@@ -59,14 +60,16 @@ class Chat:
         context = [*self._memory.context(text, self._k), *self._mem.list()]
         stream = self._mem.stream_chat(messages, context=context or None, thread=self._thread)
         try:
-            for piece in stream:
-                self._console.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
+            for part in stream.parts:
+                if isinstance(part, TextPart | ThoughtPart):
+                    style = "dim" if isinstance(part, ThoughtPart) else None
+                    self._console.print(part.text, end="", style=style, highlight=False, markup=False, soft_wrap=True)
         except KeyboardInterrupt:
             stream.close()
             self._note("\nStopped. This turn is not part of the conversation.")
             return
         answer = stream.answer
-        self._messages = [*messages, {"role": "assistant", "content": answer.text}]
+        self._messages = [*messages, answer.message]
         self._console.print()
         self._note(status(answer))
 

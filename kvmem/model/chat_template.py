@@ -11,6 +11,7 @@ from typing import Any
 
 from kvmem.errors import ModelError, first_line
 from kvmem.parsing import AnswerReader
+from kvmem.parsing.marks import SPECIAL_THOUGHTS, THOUGHTS
 from kvmem.parsing.tools import ToolIndex
 
 _FUNCTION = {
@@ -99,6 +100,12 @@ class ChatTemplate:
             return self.render(message, [_TOOL]) != self.render(message)
         except ModelError:
             return False
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the template has a place for thoughts."""
+        sources = self.source.values() if isinstance(self.source, dict) else [self.source or ""]
+        return any(mark.strip() in source for source in sources for mark in (*THOUGHTS, *SPECIAL_THOUGHTS))
 
     @cached_property
     def calls(self) -> CallStyle | None:

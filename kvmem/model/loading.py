@@ -91,11 +91,11 @@ class Glance:
 
     Attributes:
         window: the maximum length of prompt and answer, in tokens.
-        knows_tools: whether the chat template tells the model about tools, in a format whose calls can be read.
+        template: the chat template.
     """
 
     window: int
-    knows_tools: bool
+    template: ChatTemplate
 
 
 def glance(source: str, settings: ModelSettings | None = None) -> Glance:
@@ -111,7 +111,7 @@ def glance(source: str, settings: ModelSettings | None = None) -> Glance:
     return _glance(source, directory, options.get("gguf_file"), version, settings.trust_remote_code, settings.revision)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _glance(
     source: str, directory: str, gguf_file: str | None, version: int, trust_remote_code: bool, revision: str | None
 ) -> Glance:
@@ -126,7 +126,7 @@ def _glance(
         raise ModelNotFoundError(
             f"No config and tokenizer could be loaded from {source!r}: {first_line(error)}. Check the name."
         ) from error
-    return Glance(window_of(config, source), ChatTemplate(tokenizer, source).calls is not None)
+    return Glance(window_of(config, source), ChatTemplate(tokenizer, source))
 
 
 def _dtype(name: str) -> str | torch.dtype:

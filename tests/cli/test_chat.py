@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 
-from helpers import open_mem
+from helpers import agent_model, open_mem, says
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -81,3 +81,10 @@ def test_the_command_opens_and_closes(tmp_path: Path, monkeypatch) -> None:  # t
     result = CliRunner().invoke(cli.app, arguments, input="Hello\n/quit\n")
     assert result.exit_code == 0, result.output
     assert "prompt tokens reused" in result.output
+
+
+def test_thoughts_are_shown_and_kept() -> None:
+    """Before the answer; the conversation has them beside its text."""
+    with KVMem(says(agent_model(), "<think>Hm.</think>Yes."), max_tokens=40) as mem:
+        assert "Hm.Yes." in talk(mem, "Is it?")
+        assert mem.history("t")[-1] == {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}

@@ -72,8 +72,10 @@ def test_check_reports_as_a_table_and_as_json(
     result = CliRunner().invoke(app, ["check", saved_model])
     assert result.exit_code == 0, result.output
     assert "50% recomputed" in result.output
+    assert "template does not show" in result.output
     result = CliRunner().invoke(app, ["check", saved_model, "--json"])
-    assert json.loads(result.output[result.output.index("{") :])["blendable"] is True
+    report = json.loads(result.output[result.output.index("{") :])
+    assert (report["blendable"], [*report["tool_calls"]]) == (True, ["format"])
 
 
 @pytest.mark.parametrize(

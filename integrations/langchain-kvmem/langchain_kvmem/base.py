@@ -193,22 +193,28 @@ class BaseChatKVMem(BaseChatModel):
         return params
 
     def _resolve_model_profile(self) -> ModelProfile | None:
-        """Read from the model's config and tokenizer; its weights are not loaded."""
+        """Read from the model's config and tokenizer; its weights are not loaded.
+
+        `tool_calling` tells whether the chat template has tools, in a format whose calls can be read. Without it,
+        answers with tools bound follow the tools' JSON schemas.
+        """
         if (opened := self._opened) is not None:
-            window, tools = opened.model.window, opened.model.knows_tools
+            window, template = opened.model.window, opened.model.template
         elif is_remote(self.model_name):
             return None
         else:
             found = glance(self.model_name)
-            window, tools = found.window, found.knows_tools
+            window, template = found.window, found.template
         answer = min(window, self.max_tokens or Settings().max_tokens)
         return ModelProfile(
             max_input_tokens=window - answer,
             max_output_tokens=answer,
             text_inputs=True,
             text_outputs=True,
-            tool_calling=tools,
+            tool_calling=template.calls is not None,
+            tool_choice=True,
             structured_output=True,
+            reasoning_output=template.thinks,
         )
 
 

@@ -21,7 +21,7 @@ from langchain_kvmem.prepared import PREPARED, Prepared
 from langchain_kvmem.system_prompt import variables
 from langchain_kvmem.turn import Inputs, PromptRun, TurnBuilder, question_of
 
-_OPTIONS = OPTION_NAMES | {"system", "filter", "context"}
+_OPTIONS = OPTION_NAMES | {"system", "filter", "context", "chat_template_kwargs"}
 
 
 class CachedContextChain(Runnable[Inputs, Inputs]):

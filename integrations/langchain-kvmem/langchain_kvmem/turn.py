@@ -58,7 +58,8 @@ class TurnBuilder:
         messages.append({"role": "user", "content": question})
         room = options.get("max_tokens")
         with as_langchain():
-            request = self.mem.build_prompt(messages, max_tokens=room, **scope)
+            template = options.get("chat_template_kwargs")
+            request = self.mem.build_prompt(messages, max_tokens=room, chat_template_kwargs=template, **scope)
         beyond = request.plan.mode != "whole"
         if retrieved is None and self.retriever is not None and options.get("context") is None and beyond:
             return None

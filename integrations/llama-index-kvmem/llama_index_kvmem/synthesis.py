@@ -27,6 +27,8 @@ _TEMPLATES = (
     "chat_content_refine_template",
 )
 _SYNTHESIS = frozenset((*_TEMPLATES, "response_mode", "output_cls", "use_async", "verbose", "multimodal", "system"))
+# Options that are the LLM's.
+_ANSWERS = OPTION_NAMES | {"max_new_tokens", "chat_template_kwargs"}
 ENGINE = ("streaming", "callback_manager", "top_sources", "node_postprocessors")
 
 
@@ -43,7 +45,7 @@ def as_llm(given: Any, options: dict[str, Any]) -> Any:
 
     Raises InputError.
     """
-    own = {name: options.pop(name) for name in [*options] if name in OPTION_NAMES | {"max_new_tokens"}}
+    own = {name: options.pop(name) for name in [*options] if name in _ANSWERS}
     if isinstance(given, Collection):
         given = given.mem
     if given is None:
@@ -52,13 +54,16 @@ def as_llm(given: Any, options: dict[str, Any]) -> Any:
         given = KVMemLLM(mem=given, max_new_tokens=given.settings.max_tokens)
     kvmem = kvmem_of(given)
     if unknown := options.keys() - _SYNTHESIS - set(ENGINE):
-        known = sorted(_SYNTHESIS | set(ENGINE) | OPTION_NAMES)
+        known = sorted(_SYNTHESIS | set(ENGINE) | _ANSWERS)
         raise InputError(f"{min(unknown)!r} is not known here. Known are: {', '.join(known)}.")
     if not own:
         return given
     tokens = own.pop("max_new_tokens", None) or own.pop("max_tokens", None)
-    check_options({name: value for name, value in own.items() if name != "max_tokens"})
     fields: dict[str, Any] = {} if tokens is None else {"max_new_tokens": _positive(tokens)}
+    template = own.pop("chat_template_kwargs", None)
+    if template is not None:
+        fields["chat_template_kwargs"] = {**kvmem.chat_template_kwargs, **template}
+    check_options({name: value for name, value in own.items() if name != "max_tokens"})
     stop = own.pop("stop", None)
     if stop is not None:
         fields["stop"] = [stop] if isinstance(stop, str) else list(stop)

@@ -87,7 +87,11 @@ class KVMemSynthesizer(CompactAndRefine):
         documents = [Document(f"text-{number}", text, {}, (text,), heading="") for number, text in enumerate(texts)]
         try:
             prompt = self.kvmem.engine.build_prompt(
-                messages, context=[*documents, *remembered], search=query_str, max_tokens=self.kvmem.max_new_tokens
+                messages,
+                context=[*documents, *remembered],
+                search=query_str,
+                max_tokens=self.kvmem.max_new_tokens,
+                chat_template_kwargs=self.kvmem.chat_template_kwargs,
             )
         except PromptTooLongError:
             return None

@@ -65,10 +65,24 @@ class TestChatKVMemIntegration(ChatModelIntegrationTests):
             total = chunk if total is None else total + chunk
         return total  # type: ignore[no-any-return]
 
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
+
     @pytest.mark.xfail(reason="SmolLM2-135M does not call a tool unless it has to: it answers in prose.")
     def test_agent_loop(self, model: BaseChatModel) -> None:
         super().test_agent_loop(model)
 
-    @property
-    def supports_json_mode(self) -> bool:
-        return True
+
+class TestChatKVMemQwenIntegration(TestChatKVMemIntegration):
+    """Qwen2.5-Coder-1.5B-Instruct passes all of it."""
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def opened(cls, qwen: LanguageModel) -> Any:
+        with KVMem(qwen, None) as mem:
+            cls.mem = mem
+            yield
+
+    def test_agent_loop(self, model: BaseChatModel) -> None:
+        ChatModelIntegrationTests.test_agent_loop(self, model)

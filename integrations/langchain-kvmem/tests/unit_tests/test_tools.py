@@ -11,7 +11,8 @@ from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 
 from kvmem import KVMem
-from langchain_kvmem import ChatKVMem
+from kvmem.testing import tiny_model
+from langchain_kvmem import CachedContextChain, ChatKVMem
 from langchain_kvmem.convert import to_messages
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call>'
@@ -115,3 +116,24 @@ def test_an_agent_is_interrupted_edited_and_resumed() -> None:
     assert result["messages"][-1].content == "It is sunny."
     assert '"city": "Rome"' in seen[1]
     assert "Sunny." in seen[1]
+
+
+def test_a_chain_passes_variables_on_to_the_template() -> None:
+    """For all of its calls, and for one; thoughts are not a part of its answer."""
+    mem = KVMem(says(agent_model(), "Hm.</think>Yes.", "No."))
+    chain = CachedContextChain.from_texts(
+        ["It is."], mem, max_tokens=40, chat_template_kwargs={"enable_thinking": True}
+    )
+    with prompts() as seen:
+        assert chain.invoke({"input": "Is it?"})["answer"] == "Yes."
+        assert chain.invoke({"input": "Is it?"}, chat_template_kwargs={"enable_thinking": False})["answer"] == "No."
+    assert [text.endswith("<think>\n") for text in seen] == [True, False]
+
+
+def test_the_profile_tells_what_the_template_can_do() -> None:
+    """Tools in a format that can be read, and thoughts."""
+    model = chat()
+    assert (model.profile["tool_calling"], model.profile["reasoning_output"]) == (True, True)  # type: ignore[index]
+    plain = ChatKVMem(mem=KVMem(tiny_model())).profile
+    assert plain is not None
+    assert (plain["tool_calling"], plain["tool_choice"], plain["reasoning_output"]) == (False, True, False)

@@ -4,12 +4,13 @@ import asyncio
 from typing import Any
 
 from helpers import agent_model, prompts, says
+from llama_index.core import Document
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock, ThinkingBlock
 from llama_index.core.tools import FunctionTool
 
 from kvmem import KVMem
-from llama_index_kvmem import KVMemLLM
+from llama_index_kvmem import KVMemLLM, KVMemQueryEngine
 from llama_index_kvmem.convert import to_message
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
@@ -95,3 +96,14 @@ def test_a_function_agent_finishes_its_loop() -> None:
     assert CALL in seen[1]
     assert "Sunny in Paris." in seen[1]
     assert MessageRole.TOOL.value in seen[1]
+
+
+def test_a_query_engine_passes_variables_on_to_the_template() -> None:
+    """Those of its LLM, and its own."""
+    mem = KVMem(says(agent_model(), "Hm.</think>Yes.", "No."))
+    given = {"enable_thinking": True}
+    engine = KVMemQueryEngine.from_documents([Document(text="It is.")], mem, chat_template_kwargs=given)
+    with prompts() as seen:
+        assert str(engine.query("Is it?")) == "Yes."
+        assert str(KVMemQueryEngine.from_documents([Document(text="It is.")], mem).query("Is it?")) == "No."
+    assert [text.endswith("<think>\n") for text in seen] == [True, False]
