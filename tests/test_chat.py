@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 import kvmem
 from kvmem import InputError, KVMem, LanguageModel
 from kvmem.prompt.layout import Piece, Typesetter
-from kvmem.prompt.messages import without_oldest_turn
+from kvmem.prompt.messages import turns_of
 from kvmem.testing import tiny_model
 from kvmem.text.chunking import segment
 
@@ -116,7 +116,7 @@ def test_the_oldest_turns_are_left_out_when_the_window_is_full(tmp_path: Path) -
         assert answer.plan.dropped in (2, 4, 6)
         assert f"{answer.plan.dropped} messages" in answer.plan.reason
         assert answer.usage.prompt == len(prompt_ids(model, kept)) <= 580
-        assert len(prompt_ids(model, [SYSTEM, *turns[answer.plan.dropped - 2 :], ASK])) > 580
+        assert len(prompt_ids(model, [SYSTEM, *turns, ASK])) > 580
         with pytest.raises(kvmem.PromptTooLongError):
             mem.chat([SYSTEM, {"role": "user", "content": "word " * 200}])
 
@@ -124,9 +124,9 @@ def test_the_oldest_turns_are_left_out_when_the_window_is_full(tmp_path: Path) -
 def test_a_turn_is_a_message_of_the_user_and_what_follows_it() -> None:
     """Nothing of the system is dropped, and never the last turn."""
     user, assistant, tool = ({"role": role, "content": "x"} for role in ("user", "assistant", "tool"))
-    assert without_oldest_turn([SYSTEM, user, assistant, tool, assistant, user]) == [SYSTEM, user]
-    assert without_oldest_turn([assistant, user]) == [user]
-    assert without_oldest_turn([SYSTEM, user, assistant]) is None
+    assert turns_of([SYSTEM, user, assistant, tool, assistant, user]) == [1, 5]
+    assert turns_of([assistant, user]) == [0, 1]
+    assert turns_of([SYSTEM, user, assistant]) == [1]
 
 
 def test_documents_stand_in_the_system_message(mem: KVMem, model: LanguageModel) -> None:

@@ -87,7 +87,9 @@ class LocalBackend:
         """Delete every entry of these tokens in this namespace."""
         self._composer.forget(span)
 
-    def read(self, spans: Sequence[Span], cancellation: Cancellation, in_place: frozenset[str] = frozenset()) -> None:
+    def read(
+        self, spans: Sequence[Span], cancellation: Cancellation, in_place: frozenset[str | None] = frozenset()
+    ) -> None:
         """Bring `spans` into the store; see `Composer.compose`."""
         self._keep(self._stitch(spans, cancellation, in_place=in_place))
 
@@ -106,7 +108,8 @@ class LocalBackend:
             returned. It is None when the answer was cancelled.
         """
         prompt = request.prompt
-        stitched = self._stitch(prompt.spans, cancellation, prompt.query, spare=sampling.max_tokens)
+        spare = sampling.max_tokens
+        stitched = self._stitch(prompt.spans, cancellation, prompt.query, spare, request.in_place)
         after_stitch = time.perf_counter()
         try:
             repair = plan_repair(self._model, stitched, prompt.query, blend)
@@ -221,7 +224,7 @@ class LocalBackend:
         cancellation: Cancellation,
         query: Sequence[int] = (),
         spare: int = 0,
-        in_place: frozenset[str] = frozenset(),
+        in_place: frozenset[str | None] = frozenset(),
     ) -> Stitched:
         if self._fingerprint != self._model.fingerprint:
             self.release()

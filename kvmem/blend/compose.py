@@ -84,7 +84,7 @@ class Composer:
         spans: Sequence[Span],
         capacity: int,
         resident: Resident | None = None,
-        in_place: frozenset[str] = frozenset(),
+        in_place: frozenset[str | None] = frozenset(),
         query: Sequence[int] = (),
         cancellation: Cancellation = NEVER,
     ) -> Stitched:
@@ -95,7 +95,7 @@ class Composer:
             capacity: Minimum number of rows.
             resident: A buffer to take over. The result uses it, including the query tokens it holds after the spans.
             in_place: Ids of documents whose spans are prefilled in place if everything before them is exact, even if
-                the store has the same tokens in another context.
+                the store has the same tokens in another context; None for spans that belong to no document.
             query: The token ids that follow the spans.
         """
         if resident is not None and resident.cache.recurrent:
@@ -128,7 +128,7 @@ class Composer:
         return stitched
 
     def _place_exact(
-        self, stitched: Stitched, context: Context, spans: Sequence[Span], held: int, in_place: frozenset[str]
+        self, stitched: Stitched, context: Context, spans: Sequence[Span], held: int, in_place: frozenset[str | None]
     ) -> int:
         """Place the first of `spans` exactly, from the resident buffer, from the store, or by prefilling it.
 
@@ -165,7 +165,7 @@ class Composer:
         context.extend(span.token_ids, span.digest)
         return 1
 
-    def _cold_run(self, context: Context, spans: Sequence[Span], in_place: frozenset[str]) -> list[Span]:
+    def _cold_run(self, context: Context, spans: Sequence[Span], in_place: frozenset[str | None]) -> list[Span]:
         """The first of `spans`, which needs a prefill, and the spans directly after it that need one as well.
 
         Not for models with recurrent layers: their state is known only at the end of a forward pass.
@@ -179,7 +179,7 @@ class Composer:
             run.append(span)
         return run
 
-    def _is_to_be_read(self, span: Span, in_place: frozenset[str]) -> bool:
+    def _is_to_be_read(self, span: Span, in_place: frozenset[str | None]) -> bool:
         """Whether to prefill `span` in place, given that everything before it is exact."""
         return span.document in in_place or not self._candidates(self.key(Context(), span))
 

@@ -1,7 +1,7 @@
 """Select the tokens of a composed buffer to recompute.
 
 Each selector is a function of the candidates, a budget and the settings. It returns `budget` positions, except for
-"none" and "all".
+"none" and "all", and for "query", which takes a few tokens of every chunk, however short.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class Candidates:
         return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.long, device=self.device)
 
 
+# "query" recomputes at least this many tokens of a chunk, or all of it.
+_LEAST = 4
 Selector = Callable[[Candidates, int, BlendSettings], Tensor]
 
 
@@ -60,13 +62,14 @@ def _query(candidates: Candidates, budget: int, settings: BlendSettings) -> Tens
     without recomputed tokens cannot be corrected.
     """
     positions = candidates.positions
-    if budget in (0, candidates.count):
+    if settings.share == 0 or budget == candidates.count:
         return positions[:budget]
     scores = candidates.attention()
     sizes = [end - start for start, end in candidates.segments]
+    shares = [max(share, min(_LEAST, size)) for share, size in zip(_shares(sizes, budget), sizes, strict=True)]
     chosen = [
         start + scores[start:end].topk(share).indices
-        for (start, end), share in zip(candidates.segments, _shares(sizes, budget), strict=True)
+        for (start, end), share in zip(candidates.segments, shares, strict=True)
     ]
     return torch.cat(chosen)
 

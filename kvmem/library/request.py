@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from kvmem.cancellation import NEVER, Cancellation
-from kvmem.errors import EmptyInputError, InputError, PromptTooLongError
+from kvmem.errors import EmptyInputError, InputError
 from kvmem.library.corpus import Chunker
 from kvmem.library.scope import Scope, nothing_in, select
 from kvmem.library.selection import Selection
+from kvmem.library.trimming import Trimmer, check_size
 from kvmem.model.base import AnyModel
 from kvmem.prompt.layout import (
     CONTEXT,
@@ -26,7 +27,7 @@ from kvmem.prompt.layout import (
     Typesetter,
     as_pieces,
 )
-from kvmem.prompt.messages import characters_of, check_messages, check_question, check_raw, text_of, without_oldest_turn
+from kvmem.prompt.messages import check_messages, check_question, check_raw, text_of
 from kvmem.prompt.plan import Plan, make_plan
 from kvmem.prompt.span import Span
 from kvmem.results import Source
@@ -37,7 +38,11 @@ from kvmem.text.retrieval import BM25Retriever, Retriever
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A validated question with its planned prompt. started, prepared: `time.perf_counter()` seconds."""
+    """A validated question with its planned prompt.
+
+    started, prepared: `time.perf_counter()` seconds. in_place: ids of documents to read where they stand if everything
+        before them is exact, even if there are entries of other contexts; None stands for what is not a document.
+    """
 
     started: float
     prompt: Prompt
@@ -45,6 +50,7 @@ class Request:
     sources: tuple[Source, ...]
     prepared: float
     conversation: bool = False
+    in_place: frozenset[str | None] = frozenset()
 
 
 class Arranger(Protocol):
@@ -70,6 +76,7 @@ class RequestBuilder:
     ) -> None:
         self._model, self._chunker, self._retriever, self._settings = model, chunker, retriever, settings
         self._typesetter, self._arranger = typesetter, arranger
+        self._trimmer = Trimmer(model, typesetter)
         # Ranks sources where no retriever was asked.
         self._words = BM25Retriever()
 
@@ -151,7 +158,7 @@ class RequestBuilder:
     def for_raw(self, started: float, prompt: str | Sequence[int], answer_tokens: int) -> Request:
         """A request to continue a raw prompt."""
         check_raw(prompt, self._model.vocabulary)
-        self._check_size(len(prompt) if isinstance(prompt, str) else 0)
+        check_size(self._model, len(prompt) if isinstance(prompt, str) else 0)
         layout = self._typesetter.lay_out_raw(prompt)
         plan = make_plan(
             prefix=0, chunks=(), query=layout.tokens, answer=answer_tokens, window=self._model.window, scores=tuple
@@ -188,7 +195,8 @@ class RequestBuilder:
         conversation: bool = False,
     ) -> Request:
         chunks, sizes = selection.chunks, selection.sizes
-        layout, dropped = self._trim(messages, sum(sizes), answer_tokens, self._with_defaults(options), cancellation)
+        options = self._with_defaults(options)
+        layout, dropped = self._trimmer.lay_out(messages, sum(sizes), answer_tokens, options, cancellation)
         ranking = retriever or self._retriever
         scores: list[float] = []
 
@@ -216,7 +224,9 @@ class RequestBuilder:
         relevance = scores or self._words.score(question, chunks)
         sources = tuple(_source(chunks[i], relevance[i]) for i in plan.chunks)
         prompt = Prompt((*layout.before, *(spans[i] for i in plan.chunks), *layout.after), layout.query, layout.opening)
-        return Request(started, prompt, plan, sources, time.perf_counter(), conversation)
+        # What is left of a conversation is read once as it stands now, and is exact from then on.
+        in_place = frozenset({None}) if dropped else frozenset()
+        return Request(started, prompt, plan, sources, time.perf_counter(), conversation, in_place)
 
     def _arrange(self, layout: Layout, chunks: Sequence[int], spans: Mapping[int, Span]) -> tuple[int, ...]:
         """Order the documents so that more of the prompt is exact; chunks of a document stay together and in order."""
@@ -226,38 +236,6 @@ class RequestBuilder:
         kept = list(groups.values())
         order = self._arranger.arrange(layout.before, [[spans[i] for i in group] for group in kept])
         return tuple(index for number in order for index in kept[number])
-
-    def _trim(
-        self,
-        messages: list[Message],
-        context: int,
-        answer: int,
-        options: TemplateOptions,
-        cancellation: Cancellation,
-    ) -> tuple[Layout, int]:
-        """Leave out the oldest turns until the rest fits next to the answer and a quarter window of context.
-
-        Returns the layout and the number of messages left out.
-        """
-        kept = messages
-        while self._model.is_beyond_window(characters_of(kept)) and (shorter := without_oldest_turn(kept)):
-            kept = shorter
-        self._check_size(characters_of(kept))
-        room = self._model.window - answer - min(context, self._model.window // 4)
-        while True:
-            cancellation.check()
-            layout = self._typesetter.lay_out(kept, options, cancellation)
-            if layout.tokens <= room or (shorter := without_oldest_turn(kept)) is None:
-                return layout, len(messages) - len(kept)
-            kept = shorter
-
-    def _check_size(self, characters: int) -> None:
-        """Raise PromptTooLongError if the prompt is obviously too long, without tokenising it."""
-        if self._model.is_beyond_window(characters):
-            raise PromptTooLongError(
-                f"The prompt has {characters} characters, more than the model's window of {self._model.window} tokens "
-                "can hold. Shorten it, pass long text as context, or add() it."
-            )
 
 
 def _scores(retriever: Retriever, question: str, chunks: Sequence[Chunk]) -> Sequence[float]:

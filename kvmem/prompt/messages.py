@@ -1,4 +1,4 @@
-"""Check the messages of a conversation, and leave out the oldest."""
+"""Check the messages of a conversation, and find its turns."""
 
 from __future__ import annotations
 
@@ -40,14 +40,10 @@ def characters_of(messages: Sequence[Message]) -> int:
     return sum(len(text_of(message)) for message in messages)
 
 
-def without_oldest_turn(messages: list[Message]) -> list[Message] | None:
-    """`messages` without the oldest turn; None if only the last turn is left.
-
-    Removes everything from the first non-system message up to the next user message.
-    """
+def turns_of(messages: Sequence[Message]) -> list[int]:
+    """Where turns begin: behind the system messages at the head, and at every later message of the user."""
     head = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
-    following = next((i for i in range(head + 1, len(messages)) if messages[i]["role"] == "user"), None)
-    return None if following is None else [*messages[:head], *messages[following:]]
+    return [head, *(i for i in range(head + 1, len(messages)) if messages[i]["role"] == "user")]
 
 
 def check_raw(prompt: str | Sequence[int], vocabulary: int) -> None:

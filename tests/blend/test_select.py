@@ -28,13 +28,16 @@ def candidates(attention: torch.Tensor | None = None, deviation: torch.Tensor | 
 @pytest.mark.parametrize("selector", sorted(SELECTORS))
 @pytest.mark.parametrize("recompute", [0.0, 0.01, 0.1, 0.5, 1.0])
 def test_selectors_choose_their_budget_inside_the_segments(selector: str, recompute: float) -> None:
-    """Positions are distinct, ascending, approximate, and no more than the budget."""
+    """Positions are distinct, ascending, approximate, and no more than the budget, or a few in every chunk."""
     generator = torch.Generator().manual_seed(0)
     chosen = select(
         candidates(torch.rand(130, generator=generator), torch.rand(100, generator=generator)),
         BlendSettings(selector=selector, recompute=recompute),  # type: ignore[arg-type]
     )
-    expected = {"none": 0, "all": 100}.get(selector, int(recompute * 100))
+    budget = int(recompute * 100)
+    # The chunks have 40 tokens, 1 and 59; each gets four, or all of it.
+    few = {0.01: 4 + 1 + 4, 0.1: 4 + 1 + 6}.get(recompute, budget)
+    expected = {"none": 0, "all": 100, "query": few}.get(selector, budget)
     assert len(chosen) == expected
     assert chosen.tolist() == sorted(set(chosen.tolist()))
     assert set(chosen.tolist()) <= {p for a, b in SEGMENTS for p in range(a, b)}
@@ -61,6 +64,17 @@ def test_shares_add_up_and_never_exceed_a_chunk(sizes: list[int], part: float) -
     for size, share in zip(sizes, shares, strict=True):
         assert share <= size
         assert abs(share - budget * size / sum(sizes)) < 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_short_chunks_are_repaired_too(count: int) -> None:
+    """However small the share of so few tokens is."""
+    segments = tuple((20 * number, 20 * number + 12) for number in range(count))
+    attention = torch.rand(120, generator=torch.Generator().manual_seed(0))
+    few = Candidates(segments, lambda: attention, lambda: attention, torch.device("cpu"))
+    chosen = select(few, BlendSettings(recompute=0.07)).tolist()
+    assert [sum(start <= position < end for position in chosen) for start, end in segments] == [4] * count
+    assert select(few, BlendSettings(recompute=0.0)).tolist() == []
 
 
 def test_deviation_takes_the_most_deviating_and_first_k_the_beginnings() -> None:

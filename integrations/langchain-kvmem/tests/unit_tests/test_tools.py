@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 from formats import NOW, WEATHER
 from helpers import agent_model, prompts, says
+from langchain.agents import create_agent
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
 from langchain_core.tools import tool
-from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.checkpoint.sqlite import SqliteSaver
 
 from kvmem import KVMem
 from kvmem.testing import tiny_model
@@ -88,10 +90,8 @@ def test_variables_of_the_template() -> None:
     assert model._get_llm_string() != model._get_llm_string(chat_template_kwargs={"x": 1})  # noqa: SLF001
 
 
-def test_an_agent_is_interrupted_edited_and_resumed() -> None:
-    """LangGraph's checkpoints keep the calls; an edited call is the one that is made, and the loop ends."""
-    from langchain.agents import create_agent
-
+def test_an_agent_is_interrupted_edited_and_resumed(tmp_path: Path) -> None:
+    """From a checkpoint on disk, by an agent of another process: the edited call is made, and the loop ends."""
     made: list[str] = []
 
     @tool
@@ -100,22 +100,23 @@ def test_an_agent_is_interrupted_edited_and_resumed() -> None:
         made.append(city)
         return "Sunny."
 
-    with prompts() as seen:
-        agent: Any = create_agent(
-            chat(ANSWER, "It is sunny."), [weather], checkpointer=InMemorySaver(), interrupt_before=["tools"]
-        )
-        config: Any = {"configurable": {"thread_id": "t"}}
+    config: Any = {"configurable": {"thread_id": "t"}}
+    saved = str(tmp_path / "checkpoints.sqlite")
+    with SqliteSaver.from_conn_string(saved) as saver:
+        agent: Any = create_agent(chat(ANSWER), [weather], checkpointer=saver, interrupt_before=["tools"])
         agent.invoke({"messages": [HumanMessage("What is the weather?")]}, config)
         asked = agent.get_state(config).values["messages"][-1]
         assert (made, asked.tool_calls[0]["args"]["city"]) == ([], "Paris")
         edited = asked.model_copy(update={"tool_calls": [{**asked.tool_calls[0], "args": {"city": "Rome"}}]})
         agent.update_state(config, {"messages": [edited]})
+    with SqliteSaver.from_conn_string(saved) as saver, prompts() as seen:
+        agent = create_agent(chat("It is sunny."), [weather], checkpointer=saver, interrupt_before=["tools"])
         result = agent.invoke(None, config)
     assert made == ["Rome"]
     assert [type(message) for message in result["messages"]] == [HumanMessage, AIMessage, ToolMessage, AIMessage]
     assert result["messages"][-1].content == "It is sunny."
-    assert '"city": "Rome"' in seen[1]
-    assert "Sunny." in seen[1]
+    assert '"city": "Rome"' in seen[0]
+    assert "Sunny." in seen[0]
 
 
 def test_a_chain_passes_variables_on_to_the_template() -> None:
