@@ -774,3 +774,27 @@ def test_a_batch_refuses_a_single_text_as_context(mem: KVMem) -> None:
     for text in ("The tenant pays.", ""):
         with pytest.raises(InputError, match="context is a single str"):
             mem.batch(["Who pays?"], context=text)
+
+
+def test_exactness_comes_back_when_an_entry_is_lost(tmp_path: Path) -> None:
+    """A chunk whose tokens are known from another context is read in place again, a chunk with each question."""
+    model = tiny_model()
+    texts = [f"Number {n} of the lease: the tenant of house {n} pays {n * 300} euros. " * 2 for n in range(4)]
+    with open_mem(model, tmp_path / "kv", system="S.") as mem:
+        mem.ask("Who?", context=texts[::-1])
+        mem.add_all([kvmem.Document(str(n), text) for n, text in enumerate(texts)])
+        exact = mem.prefill("Who?")
+        known = list(mem.store.keys())
+        lost = [key for key in known if (entry := mem.store.get(key)) is not None and entry.start > 150]
+        for key in lost:
+            mem.store.delete(key)
+    with open_mem(model, tmp_path / "kv", system="S.") as mem:
+        assert mem.prefill("Who?").usage.reused > 0
+        asked = [mem.ask("Who?").usage for _ in range(5)]
+        healed = mem.prefill("Who?")
+        # A prompt that is asked once is not worth it: its answers do not depend on what was asked before.
+        moved = [mem.ask("Who?", context=texts[::-1], blend={"recompute": 0.5}).usage.exact for _ in range(3)]
+    assert healed.usage.reused == healed.usage.recomputed == 0
+    assert (healed.logits - exact.logits).abs().max() < 1e-5
+    assert [usage.exact for usage in asked] == sorted(usage.exact for usage in asked)
+    assert len(set(moved)) == 1

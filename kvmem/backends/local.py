@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from kvmem.backends.resident import Residents
-from kvmem.blend.compose import Composer
+from kvmem.blend.compose import Allowance, Composer
 from kvmem.blend.repair import count_usage, plan_repair, plan_shared_repair
 from kvmem.blend.stitched import Resident, Stitched
 from kvmem.cancellation import NEVER, Cancellation
@@ -109,7 +109,11 @@ class LocalBackend:
         """
         prompt = request.prompt
         spare = sampling.max_tokens
-        stitched = self._stitch(prompt.spans, cancellation, prompt.query, spare, request.in_place)
+        allowance = None
+        if request.lasting and blend.selector != "none" and blend.share > 0:
+            # Costs about what repairing would, and lasts.
+            allowance = Allowance(int(blend.share * len(prompt.token_ids)), one_span=True)
+        stitched = self._stitch(prompt.spans, cancellation, prompt.query, spare, request.in_place, allowance)
         after_stitch = time.perf_counter()
         try:
             repair = plan_repair(self._model, stitched, prompt.query, blend)
@@ -225,6 +229,7 @@ class LocalBackend:
         query: Sequence[int] = (),
         spare: int = 0,
         in_place: frozenset[str | None] = frozenset(),
+        allowance: Allowance | None = None,
     ) -> Stitched:
         if self._fingerprint != self._model.fingerprint:
             self.release()
@@ -237,7 +242,7 @@ class LocalBackend:
             cache = self._model.new_cache(capacity)
             cache.copy_rows(donor.cache, shared)
             resident = Resident(cache, donor.token_ids[:shared])
-        return self._composer.compose(spans, capacity, resident, in_place, query, cancellation)
+        return self._composer.compose(spans, capacity, resident, in_place, query, cancellation, allowance)
 
     def _keep(
         self,

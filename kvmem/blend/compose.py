@@ -7,7 +7,8 @@ is used; spans without any entry are prefilled behind the preamble, stored, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, takewhile
 
 from kvmem.blend.stitched import Origin, Placed, Resident, Stitched
@@ -17,6 +18,26 @@ from kvmem.kv.entry import Context, EntryInfo, EntryKey, KVEntry
 from kvmem.model.local import LanguageModel
 from kvmem.prompt.span import Span
 from kvmem.store.base import Store
+
+
+@dataclass
+class Allowance:
+    """What may be read in place although there are entries of other contexts, so that it is exact from then on.
+
+    Attributes:
+        tokens: How many tokens.
+        one_span: Whether one span may be read however long it is.
+    """
+
+    tokens: int = 0
+    one_span: bool = False
+
+    def take(self, size: int) -> bool:
+        """Whether `size` more tokens may be read; they are then used up."""
+        if size > self.tokens and not self.one_span:
+            return False
+        self.tokens, self.one_span = max(0, self.tokens - size), False
+        return True
 
 
 class Composer:
@@ -87,6 +108,7 @@ class Composer:
         in_place: frozenset[str | None] = frozenset(),
         query: Sequence[int] = (),
         cancellation: Cancellation = NEVER,
+        allowance: Allowance | None = None,
     ) -> Stitched:
         """Compose `spans` (the prefix first) in a buffer of at least `capacity` rows.
 
@@ -97,7 +119,10 @@ class Composer:
             in_place: Ids of documents whose spans are prefilled in place if everything before them is exact, even if
                 the store has the same tokens in another context; None for spans that belong to no document.
             query: The token ids that follow the spans.
+            cancellation: Of the work.
+            allowance: More spans to prefill in place.
         """
+        reads = _Reads(self._candidates, in_place, allowance or Allowance())
         if resident is not None and resident.cache.recurrent:
             resident = None  # a recurrent state cannot be rewound
         if resident is not None:
@@ -113,7 +138,7 @@ class Composer:
             held = 0 if resident is None else resident.shared(rest[0].token_ids, cache.length)
             if held < len(rest[0]):
                 resident = None  # its remaining rows were computed in another context
-            placed = self._place_exact(stitched, context, rest, held, in_place)
+            placed = self._place_exact(stitched, context, rest, held, reads)
             if not placed:
                 break
             del rest[:placed]
@@ -128,7 +153,7 @@ class Composer:
         return stitched
 
     def _place_exact(
-        self, stitched: Stitched, context: Context, spans: Sequence[Span], held: int, in_place: frozenset[str | None]
+        self, stitched: Stitched, context: Context, spans: Sequence[Span], held: int, reads: _Reads
     ) -> int:
         """Place the first of `spans` exactly, from the resident buffer, from the store, or by prefilling it.
 
@@ -146,10 +171,10 @@ class Composer:
         elif (entry := self._store.get(key)) is not None:
             cache.load(entry, start)
             cache.length = start + len(span)
-        elif start > 0 and not self._is_to_be_read(span, in_place):
+        elif start > 0 and not reads.wants(span):
             return 0
         else:
-            run = [span] if cache.recurrent else self._cold_run(context, spans, in_place)
+            run = [span] if cache.recurrent else self._cold_run(context, spans, reads)
             cache.length = start + held
             self._model.append([token for item in run for token in item.token_ids][held:], cache)
             for item in run:
@@ -165,7 +190,7 @@ class Composer:
         context.extend(span.token_ids, span.digest)
         return 1
 
-    def _cold_run(self, context: Context, spans: Sequence[Span], in_place: frozenset[str | None]) -> list[Span]:
+    def _cold_run(self, context: Context, spans: Sequence[Span], reads: _Reads) -> list[Span]:
         """The first of `spans`, which needs a prefill, and the spans directly after it that need one as well.
 
         Not for models with recurrent layers: their state is known only at the end of a forward pass.
@@ -174,17 +199,13 @@ class Composer:
         for span in spans[1:]:
             context.extend(run[-1].token_ids, run[-1].digest)
             # `get`, not `contains`: it removes a damaged entry.
-            if self._store.get(self.key(context, span)) is not None or not self._is_to_be_read(span, in_place):
+            if self._store.get(self.key(context, span)) is not None or not reads.wants(span):
                 break
             run.append(span)
         return run
 
-    def _is_to_be_read(self, span: Span, in_place: frozenset[str | None]) -> bool:
-        """Whether to prefill `span` in place, given that everything before it is exact."""
-        return span.document in in_place or not self._candidates(self.key(Context(), span))
-
-    def _candidates(self, key: EntryKey) -> list[EntryInfo]:
-        return self._store.find(key) if self._model.blendable else []
+    def _candidates(self, span: Span) -> list[EntryInfo]:
+        return self.known(span) if self._model.blendable else []
 
     def _place_approximate(self, stitched: Stitched, context: Context, spans: Sequence[Span]) -> None:
         cache, start = stitched.cache, stitched.cache.length
@@ -211,7 +232,7 @@ class Composer:
 
     def _is_cold(self, span: Span, document: str | None) -> bool:
         """Whether `span` belongs to `document` and has no entry that can be used."""
-        return span.document == document and not self._candidates(self.key(Context(), span))
+        return span.document == document and not self._candidates(span)
 
     def _best(self, span: Span, before: tuple[str, ...]) -> KVEntry | None:
         """The entry of `span` whose context is closest to `before`.
@@ -258,3 +279,16 @@ class Composer:
                 context.extend(span.token_ids, span.digest)
         stitched.unsaved += read
         return read
+
+
+@dataclass
+class _Reads:
+    """Decides which spans are prefilled in place, given that everything before them is exact."""
+
+    candidates: Callable[[Span], list[EntryInfo]]
+    in_place: frozenset[str | None]
+    allowance: Allowance
+
+    def wants(self, span: Span) -> bool:
+        """Whether to prefill `span`; asked once for each."""
+        return span.document in self.in_place or not self.candidates(span) or self.allowance.take(len(span))

@@ -193,10 +193,11 @@ class Corpus:
         """
         rows = self._view.all()
         if wanted is not None:
-            return self._selection(self._chosen(rows, wanted))
+            chosen = self._chosen(rows, wanted)
+            return self._selection(chosen, len(chosen) == len(rows))
         kept = self._selected
         if kept is None or kept[0] is not rows:
-            kept = self._selected = rows, self._selection(rows)
+            kept = self._selected = rows, self._selection(rows, True)
         return kept[1]
 
     def fits(self, room: int) -> bool:
@@ -204,11 +205,11 @@ class Corpus:
         self._view.refresh()
         return self._known_tokens <= room and sum(self.select(None).sizes) <= room
 
-    def _selection(self, rows: Sequence[_Row]) -> Selection:
+    def _selection(self, rows: Sequence[_Row], complete: bool) -> Selection:
         chunks = [chunk for row in rows for chunk in row.chunks]
         if any(row.sizes is None for row in rows):
-            return Selection(chunks, self._chunker.sizes(chunks))
-        return Selection(chunks, [size for row in rows for size in row.sizes or ()])
+            return Selection(chunks, self._chunker.sizes(chunks), complete)
+        return Selection(chunks, [size for row in rows for size in row.sizes or ()], complete)
 
     def _chosen(self, rows: Sequence[_Row], wanted: DocumentFilter) -> list[_Row]:
         if isinstance(wanted, Mapping):

@@ -42,6 +42,7 @@ class Request:
 
     started, prepared: `time.perf_counter()` seconds. in_place: ids of documents to read where they stand if everything
         before them is exact, even if there are entries of other contexts; None stands for what is not a document.
+    lasting: whether the same documents will be asked about again, in this order.
     """
 
     started: float
@@ -51,6 +52,7 @@ class Request:
     prepared: float
     conversation: bool = False
     in_place: frozenset[str | None] = frozenset()
+    lasting: bool = False
 
 
 class Arranger(Protocol):
@@ -226,7 +228,8 @@ class RequestBuilder:
         prompt = Prompt((*layout.before, *(spans[i] for i in plan.chunks), *layout.after), layout.query, layout.opening)
         # What is left of a conversation is read once as it stands now, and is exact from then on.
         in_place = frozenset({None}) if dropped else frozenset()
-        return Request(started, prompt, plan, sources, time.perf_counter(), conversation, in_place)
+        lasting = selection.complete and plan.mode == "whole"
+        return Request(started, prompt, plan, sources, time.perf_counter(), conversation, in_place, lasting)
 
     def _arrange(self, layout: Layout, chunks: Sequence[int], spans: Mapping[int, Span]) -> tuple[int, ...]:
         """Order the documents so that more of the prompt is exact; chunks of a document stay together and in order."""

@@ -10,10 +10,11 @@ from kvmem.text.document import Chunk
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Chunks to answer from, in order. sizes: tokens of each."""
+    """Chunks to answer from, in order. sizes: tokens of each. complete: whether they are all of a collection."""
 
     chunks: list[Chunk]
     sizes: list[int]
+    complete: bool = False
 
     @cached_property
     def documents(self) -> list[str]:
