@@ -39,7 +39,8 @@ def find_user(name: str) -> int:
 
 def get_email(user_id: int) -> str:
     """Get the email address of a user by id."""
-    return next((_address(name) for name, identity in IDS.items() if identity == user_id), "unknown id")
+    found = next((name for name, identity in IDS.items() if identity == user_id), None)
+    return "There is no such id." if found is None else f"The email address of {found} is {_address(found)}."
 
 
 def _address(name: str) -> str:

@@ -13,6 +13,9 @@ from kvmem.kv.entry import EntryKey
 from kvmem.library.corpus import Chunker, Corpora, Corpus
 from kvmem.library.request import RequestBuilder
 from kvmem.library.stats import DocumentStats, Stats
+from kvmem.library.threads import digest_of
+from kvmem.library.tombstones import Tombstones
+from kvmem.model.base import AnyModel
 from kvmem.prompt.layout import Message, standing
 from kvmem.prompt.span import Span
 from kvmem.settings import Settings
@@ -30,15 +33,17 @@ class Ingestion:
 
     def __init__(
         self,
-        window: int,
+        model: AnyModel,
         store: Store,
         corpora: Corpora,
         chunker: Chunker,
         backend: Backend,
         requests: RequestBuilder,
+        tombstones: Tombstones,
         settings: Settings,
     ) -> None:
-        self._window, self._store, self._settings = window, store, settings
+        self._model, self._window = model, model.window
+        self._store, self._settings, self._tombstones = store, settings, tombstones
         self._corpora, self._chunker = corpora, chunker
         self._backend, self._requests = backend, requests
         self._changing = threading.RLock()
@@ -83,7 +88,10 @@ class Ingestion:
             changed = [new for new in given if olds[new.id] != new or (read and not self._has_read(new))]
             if not changed:
                 return given
+            replaced = [old for new in changed if (old := olds[new.id]) is not None and old != new]
+            gone = self._digests(replaced)
             with self._store.database.transaction():
+                self._tombstones.put(gone)
                 for new in changed:
                     corpus.put(new)
             try:
@@ -95,10 +103,8 @@ class Ingestion:
                     for new in changed:
                         corpus.undo(new, olds[new.id])
                 raise
-            for new in changed:
-                old = olds[new.id]
-                if old is not None and old != new:
-                    self._forget(old)
+            for old in replaced:
+                self._forget(old)
             return given
 
     def update(self, corpus: Corpus, new: Document, cancellation: Cancellation = NEVER) -> Document:
@@ -121,19 +127,33 @@ class Ingestion:
         with self._changing:
             self._forget(self._chunker.split(document))
 
-    def forget_spans(self, spans: Mapping[str, Iterable[str]]) -> None:
+    def forget_spans(self, spans: Mapping[str, Iterable[str]], used: Iterable[str] = ()) -> None:
         """Remove the caches of a conversation: every entry of these tokens, by fingerprint of the model, but not those
-        of the system prompt and of documents."""
+        of the system prompt and of documents, and not what the keys of threads in `used` name."""
         with self._changing:
+            keys = [EntryKey(self._settings.namespace, f, "", digest) for f, found in spans.items() for digest in found]
+            there = [info.key for key in keys for info in self._store.find(key)]
             self._backend.release()
-            kept = {span.digest for span in self._requests.prefix(None)}
+            if not there:
+                return
+            kept = {span.digest for span in self._requests.prefix(None)} | {digest_of(key) for key in used}
             for corpus in self._corpora.all():
                 kept |= {span.digest for span in self._chunker.spans(corpus.chunks())}
-            for fingerprint, digests in spans.items():
-                for digest in set(digests) - kept:
-                    key = EntryKey(self._settings.namespace, fingerprint, "", digest)
-                    for info in self._store.find(key):
-                        self._store.delete(info.key)
+            for key in there:
+                if key.tokens not in kept:
+                    self._store.delete(key)
+
+    def bury(self, documents: Iterable[Document]) -> None:
+        """Write down the caches of documents, before or in the transaction that removes them."""
+        self._tombstones.put(self._digests(documents))
+
+    def _digests(self, documents: Iterable[Document]) -> dict[str, list[str]]:
+        return {self._model.fingerprint: [span.digest for document in documents for span in self._spans(document)]}
+
+    def settle(self) -> None:
+        """Delete the caches of removed text that a process has left behind, except those that are in use again."""
+        records = self._store.database.records(self._settings.namespace, "thread-span")
+        self._tombstones.settle(lambda spans: self.forget_spans(spans, records.keys()))
 
     def split(self, text: str) -> tuple[str, ...]:
         """The chunks that a text is cut into."""
@@ -143,6 +163,7 @@ class Ingestion:
         """Raises UnknownDocumentError; nothing is removed then."""
         with self._changing:
             removed = [corpus.get(document_id) for document_id in dict.fromkeys(document_ids)]
+            self.bury(removed)
             corpus.delete([document.id for document in removed])
             for document in removed:
                 self._forget(document)
@@ -151,6 +172,7 @@ class Ingestion:
         """Remove all documents but these."""
         with self._changing:
             removed = [document for document in corpus if document.id not in document_ids]
+            self.bury(removed)
             for document in removed:
                 with suppress(UnknownDocumentError):  # another process was faster
                     corpus.delete([document.id])

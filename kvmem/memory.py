@@ -117,8 +117,9 @@ class Memory:
             old = self.find(id)
             item = _checked(change(old))
             self._records.put(id, {**vars(item), "metadata": dict(item.metadata)})
-        if old is not None and _document(old) != _document(item):
-            self._release([old])
+            gone = [old] if old is not None and _document(old) != _document(item) else []
+            self.mem.bury_texts(map(_document, gone))
+        self._release(gone)
         return item
 
     def _release(self, gone: Sequence[MemoryItem]) -> None:
@@ -153,6 +154,7 @@ class Memory:
         with self._database.transaction():
             item = self.get(id)
             self._records.delete(id)
+            self.mem.bury_texts([_document(item)])
         self._release([item])
 
     def clear(self) -> None:
@@ -160,6 +162,7 @@ class Memory:
         with self._database.transaction():
             items = self.list()
             self._records.clear()
+            self.mem.bury_texts(map(_document, items))
         self._release(items)
 
     def recall(

@@ -20,6 +20,7 @@ from kvmem.library.request import RequestBuilder
 from kvmem.library.scope import check_context
 from kvmem.library.stats import Stats
 from kvmem.library.threads import Threads
+from kvmem.library.tombstones import Tombstones
 from kvmem.model.base import AnyModel
 from kvmem.model.local import LanguageModel
 from kvmem.options import EngineOptions
@@ -60,7 +61,14 @@ class OpenedEngine:
         self._backend = open_backend(self.model, self.store, self.settings, typesetter)
         self._requests = RequestBuilder(self.model, chunker, typesetter, self.retriever, self._backend, self.settings)
         self._ingestion = Ingestion(
-            self.model.window, self.store, self._corpora, chunker, self._backend, self._requests, self.settings
+            self.model,
+            self.store,
+            self._corpora,
+            chunker,
+            self._backend,
+            self._requests,
+            Tombstones(database, namespace),
+            self.settings,
         )
         self._threads = Threads(database, namespace)
         self._worker = Worker(self.model)
@@ -74,6 +82,7 @@ class OpenedEngine:
             self.settings.max_tokens,
         )
         self._documents = self._collect("")
+        self._ingestion.settle()
 
     @property
     def local_model(self) -> LanguageModel:
@@ -168,6 +177,10 @@ class OpenedEngine:
         """
         documents = [as_document(item) for item in check_context(context)]
         self._worker.run(lambda: self._ingestion.read(documents, self._worker.closing))
+
+    def bury_texts(self, texts: Iterable[Any]) -> None:
+        """Write down that the caches of texts go; call it in the transaction that removes them, then `forget_text`."""
+        self._ingestion.bury(map(as_document, texts))
 
     def forget_text(self, text: Any) -> None:
         """Remove the caches of a text or document that was only read, unless a document has the same text."""

@@ -153,11 +153,14 @@ def doctor(
     with errors():
         if not store.is_dir():
             raise StoreError(f"There is no store at {str(store)!r}. Give its directory as --store.")
+        from kvmem.library.tombstones import check_removed
         from kvmem.store import DiskStore
 
         opened = DiskStore(store)
         problems = opened.check(fix)
-        for name in sorted({key.namespace for key in opened.keys()}):  # noqa: SIM118
+        namespaces = sorted({key.namespace for key in opened.keys()})  # noqa: SIM118
+        problems += check_removed(opened, namespaces, fix)
+        for name in namespaces:
             kept = opened.stats(name)
             line = f"namespace {name}: {kept.entries} entries, {kept.bytes / 1e6:.1f} MB"
             out.print(line, highlight=False, markup=False, soft_wrap=True)
