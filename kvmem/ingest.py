@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from kvmem.backends.base import Backend
 from kvmem.cancellation import NEVER, Cancellation
-from kvmem.errors import InputError, PromptTooLongError, UnknownDocumentError
+from kvmem.errors import InputError, PromptTooLongError, StoreError, UnknownDocumentError
 from kvmem.kv.entry import EntryKey
 from kvmem.library.corpus import Chunker, Corpora, Corpus
 from kvmem.library.request import RequestBuilder
@@ -22,6 +23,7 @@ from kvmem.settings import Settings
 from kvmem.store.base import Store
 from kvmem.text.document import Document
 
+logger = logging.getLogger("kvmem")
 # Documents are read together up to so many characters: one forward pass each costs more than one for several, and
 # what was read before an interruption is kept.
 _TOGETHER = 8_000
@@ -151,9 +153,15 @@ class Ingestion:
         return {self._model.fingerprint: [span.digest for document in documents for span in self._spans(document)]}
 
     def settle(self) -> None:
-        """Delete the caches of removed text that a process has left behind, except those that are in use again."""
+        """Delete the caches of removed text that a process has left behind, except those that are in use again.
+
+        If the store cannot be read now, the next opening does it.
+        """
         records = self._store.database.records(self._settings.namespace, "thread-span")
-        self._tombstones.settle(lambda spans: self.forget_spans(spans, records.keys()))
+        try:
+            self._tombstones.settle(lambda spans: self.forget_spans(spans, records.keys()))
+        except StoreError as error:
+            logger.warning("kvmem: caches of removed text could not be looked for (%s)", error)
 
     def split(self, text: str) -> tuple[str, ...]:
         """The chunks that a text is cut into."""

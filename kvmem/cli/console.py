@@ -18,6 +18,8 @@ out = Console()
 err = Console(stderr=True)
 
 Model = Annotated[str, typer.Option(envvar="KVMEM_MODEL", help="Hub id, directory, GGUF file or 'smollm2'.")]
+StorePath = Annotated[Path, typer.Option("--store", envvar="KVMEM_STORE", help="Directory of the store.")]
+DEFAULT_STORE = Path(".kvmem")
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's default.")]
 
 

@@ -12,19 +12,21 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kvmem import Answer, Document, KVMem, LanguageModel, ModelSettings, StoreError
+from kvmem import Answer, Document, KVMem, LanguageModel, ModelSettings
 from kvmem.cli.compare import compare
-from kvmem.cli.console import Model, Threads, err, errors, expand, out
+from kvmem.cli.console import DEFAULT_STORE, Model, StorePath, Threads, err, errors, expand, out
 from kvmem.cli.serve import serve
+from kvmem.cli.upkeep import doctor, export, import_
 from kvmem.text.document import as_document
 
 app = typer.Typer(help="Ask questions about documents that the model reads only once.", no_args_is_help=True)
 app.command()(compare)
 app.command()(serve)
+app.command()(doctor)
+app.command("export")(export)
+app.command("import")(import_)
 
-StorePath = Annotated[Path, typer.Option("--store", envvar="KVMEM_STORE", help="Directory of the store.")]
 Namespace = Annotated[str, typer.Option(envvar="KVMEM_NAMESPACE", help="Namespace (tenant).")]
-DEFAULT_STORE = Path(".kvmem")
 
 
 @contextmanager
@@ -142,34 +144,6 @@ def stats(
             markup=False,
             soft_wrap=True,
         )
-
-
-@app.command()
-def doctor(
-    store: StorePath = DEFAULT_STORE,
-    fix: Annotated[bool, typer.Option("--fix", help="Remove damaged and leftover files.")] = False,
-) -> None:
-    """Check a store for problems and show its size by namespace. Exit code 1 if any problem was not fixed."""
-    with errors():
-        if not store.is_dir():
-            raise StoreError(f"There is no store at {str(store)!r}. Give its directory as --store.")
-        from kvmem.library.tombstones import check_removed
-        from kvmem.store import DiskStore
-
-        opened = DiskStore(store)
-        problems = opened.check(fix)
-        namespaces = sorted({key.namespace for key in opened.keys()})  # noqa: SIM118
-        problems += check_removed(opened, namespaces, fix)
-        for name in namespaces:
-            kept = opened.stats(name)
-            line = f"namespace {name}: {kept.entries} entries, {kept.bytes / 1e6:.1f} MB"
-            out.print(line, highlight=False, markup=False, soft_wrap=True)
-        opened.close()
-    for problem in problems:
-        mended = " (removed)" if problem.fixed else ""
-        out.print(f"{problem.what}: {problem.where}{mended}", highlight=False, markup=False, soft_wrap=True)
-    out.print("No problems." if not problems else f"{len(problems)} problem(s).", highlight=False)
-    raise typer.Exit(0 if all(problem.fixed for problem in problems) else 1)
 
 
 @app.command()

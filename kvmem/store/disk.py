@@ -24,7 +24,7 @@ from kvmem.store.files import EntryFiles, verify_file
 from kvmem.store.limits import Limits, Policy
 from kvmem.store.migrate import migrate_index
 from kvmem.store.sql_records import SqlDatabase
-from kvmem.store.upkeep import check_entries
+from kvmem.store.upkeep import check_entries, unusable, warn_if_unlisted
 
 logger = logging.getLogger("kvmem")
 
@@ -101,10 +101,8 @@ class DiskStore:
             self._database.open()
             migrate_index(self._index.sql, self._database)
         except _FAILURES as error:
-            raise StoreError(
-                f"The store directory {str(self.directory)!r} cannot be used: {error}. "
-                "Use a directory that is writable or can be created."
-            ) from error
+            raise unusable(self.directory, root / "index.sqlite", error) from error
+        warn_if_unlisted(self._index, self._files, self.directory)
 
     @property
     def database(self) -> SqlDatabase:

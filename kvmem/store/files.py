@@ -49,6 +49,10 @@ class EntryFiles:
                 path.unlink(missing_ok=True)
         return not any(path.exists() for path in paths)
 
+    def has_any(self) -> bool:
+        """Whether there is any finished file."""
+        return next(self._entries.rglob("*.safetensors"), None) is not None
+
     def all(self) -> list[Path]:
         """All files, including temporary ones."""
         return [path for path in (*self._entries.rglob("*"), *self._scratch.rglob("*")) if path.is_file()]

@@ -61,6 +61,10 @@ class SqlDatabase:
         with self.writing():
             yield
 
+    def namespaces(self) -> list[str]:
+        """The namespaces that have records, in alphabetical order."""
+        return [row["namespace"] for row in self.query("SELECT DISTINCT namespace FROM records ORDER BY namespace")]
+
     def forget(self, namespace: str) -> None:
         with self.writing() as connection:
             connection.execute("DELETE FROM records WHERE namespace = ?", (namespace,))
@@ -201,7 +205,7 @@ def _explanation(path: Path, error: Exception) -> StoreError:
     if isinstance(error, sqlite3.OperationalError | OSError):
         advice = "Free disk space, or check the permissions of the directory"
     else:
-        advice = "The file is damaged: restore it from a backup, or move it away to begin with an empty one"
+        advice = "The file is damaged: move it away, and restore it from a backup or with `kvmem import`"
     return StoreError(
         f"The records in {str(path)!r} cannot be read or written: {error}. {advice}. Nothing was changed."
     )
