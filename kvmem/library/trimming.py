@@ -60,11 +60,13 @@ class Trimmer:
         starts = turns_of(messages)
         head, last = messages[: starts[0]], messages[starts[-1] :]
         check_size(self._model, characters_of([*head, *last]))
-        if not self._model.is_beyond_window(characters_of(messages)):
-            layout = self._typesetter.lay_out(messages, options, cancellation)
-            if layout.tokens <= room or len(starts) == 1:
-                return layout, 0
+        if len(starts) == 1:
+            return self._typesetter.lay_out(messages, options, cancellation), 0
         sizes = self._sizes(messages, cancellation)
+        if sum(sizes) - _MARKUP * len(sizes) <= room:
+            layout = self._typesetter.lay_out(messages, options, cancellation)
+            if layout.tokens <= room:
+                return layout, 0
         turns = [sum(sizes[start:end]) for start, end in pairwise([*starts, len(messages)])]
         fixed = self._typesetter.lay_out([*head, *last], options, cancellation).tokens - turns[-1]
         asked = [sizes[start] for start in starts] if last else turns

@@ -53,6 +53,11 @@ def test_a_long_conversation_is_laid_out_a_few_times_and_counted_once(monkeypatc
     assert dropped > 900
     assert len(typesetter.sizes) <= 3
     assert max(typesetter.sizes) < 40
+    typesetter.sizes.clear()
+    shorter = conversation(60)
+    assert not model.is_beyond_window(sum(len(message["content"]) for message in shorter))
+    assert trimmer.lay_out(shorter, 0, 64, PLAIN, Cancellation())[1] > 0
+    assert max(typesetter.sizes) < 40
     before = len([text for text in counted if text.startswith(("user", "assistant"))])
     trimmer.lay_out(conversation(501), 0, 64, PLAIN, Cancellation())
     again = len([text for text in counted if text.startswith(("user", "assistant"))]) - before
