@@ -155,12 +155,13 @@ PAGES_WITH_COMMANDS = sorted(
 
 @pytest.mark.parametrize("page", PAGES_WITH_COMMANDS)
 def test_commands_of_the_docs_are_understood(page: str) -> None:
-    """Names and options exist; the README's, which are the same commands, are run, and a server by its own tests."""
+    """Names and options exist; the README's, which are the same commands, are run, and others by their own tests."""
+    others = {"serve", "export", "import"}
     group = get_command(app)
     assert isinstance(group, TyperGroup)
     for line in re.findall(r"^\$ kvmem (.*)$", (ROOT / page).read_text(), re.M):
         name, *arguments = shlex.split(line)
-        assert name in {"serve", *(command.split()[1] for command in COMMANDS if command.startswith("kvmem "))}
+        assert name in {*others, *(command.split()[1] for command in COMMANDS if command.startswith("kvmem "))}
         group.commands[name].make_context(name, arguments)
 
 

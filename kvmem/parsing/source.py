@@ -22,10 +22,6 @@ class Source:
     final: bool = False
 
     @property
-    def at_end(self) -> bool:
-        return self.position >= len(self.text)
-
-    @property
     def rest(self) -> str:
         return self.text[self.position :]
 
