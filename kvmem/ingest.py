@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from kvmem.backends.base import Backend
@@ -14,8 +14,7 @@ from kvmem.kv.entry import EntryKey
 from kvmem.library.corpus import Chunker, Corpora, Corpus
 from kvmem.library.request import RequestBuilder
 from kvmem.library.stats import DocumentStats, Stats
-from kvmem.library.threads import digest_of
-from kvmem.library.tombstones import Tombstones
+from kvmem.library.tombstones import THREAD_SPAN, Tombstones, digest_of
 from kvmem.model.base import AnyModel
 from kvmem.prompt.layout import Message, standing
 from kvmem.prompt.span import Span
@@ -93,9 +92,10 @@ class Ingestion:
             replaced = [old for new in changed if (old := olds[new.id]) is not None and old != new]
             gone = self._digests(replaced)
             with self._store.database.transaction():
-                self._tombstones.put(gone)
+                tombstone = self._tombstones.put(gone)
                 for new in changed:
                     corpus.put(new)
+            self._tombstones.revive(self._digests(changed))
             try:
                 if read:
                     new_ids = {new.id for new in changed if olds[new.id] is None}
@@ -105,8 +105,7 @@ class Ingestion:
                     for new in changed:
                         corpus.undo(new, olds[new.id])
                 raise
-            for old in replaced:
-                self._forget(old)
+            self._forget_all(replaced, tombstone)
             return given
 
     def update(self, corpus: Corpus, new: Document, cancellation: Cancellation = NEVER) -> Document:
@@ -121,6 +120,7 @@ class Ingestion:
         prefix = self._requests.prefix(None)
         for document in documents:
             new = self._chunker.split(self.check(document), cancellation)
+            self._tombstones.revive(self._digests([new]))
             if not self._has_read(new):
                 self._read_alone(prefix, self._spans(new), cancellation)
 
@@ -129,12 +129,13 @@ class Ingestion:
         with self._changing:
             self._forget(self._chunker.split(document))
 
-    def forget_spans(self, spans: Mapping[str, Iterable[str]], used: Iterable[str] = ()) -> None:
+    def forget_spans(
+        self, spans: Mapping[str, Iterable[str]], used: Iterable[str] = (), tombstone: str | None = None
+    ) -> None:
         """Remove the caches of a conversation: every entry of these tokens, by fingerprint of the model, but not those
         of the system prompt and of documents, and not what the keys of threads in `used` name."""
         with self._changing:
-            keys = [EntryKey(self._settings.namespace, f, "", digest) for f, found in spans.items() for digest in found]
-            there = [info.key for key in keys for info in self._store.find(key)]
+            there = self._entries(spans)
             self._backend.release()
             if not there:
                 return
@@ -144,10 +145,29 @@ class Ingestion:
             for key in there:
                 if key.tokens not in kept:
                     self._store.delete(key)
+            self._tombstones.finish(tombstone, kept)
 
-    def bury(self, documents: Iterable[Document]) -> None:
-        """Write down the caches of documents, before or in the transaction that removes them."""
-        self._tombstones.put(self._digests(documents))
+    def bury(self, documents: Iterable[Document]) -> str | None:
+        """Like `bury_spans`, for documents."""
+        return self.bury_spans(self._digests(documents))
+
+    def bury_spans(self, spans: Mapping[str, Iterable[str]]) -> str | None:
+        """Record which caches have to be deleted, before or in the transaction that removes their text.
+
+        Returns a key for `finish`.
+        """
+        return self._tombstones.put(spans)
+
+    def forget_texts(self, gone: Iterable[Document], kept: Iterable[Document], tombstone: str | None) -> None:
+        """Like `forget_text`, for texts that `bury` was called for. kept: those that are still in use after all."""
+        with self._changing:
+            used = {digest for digests in self._digests(kept).values() for digest in digests}
+            self._forget_all(map(self._chunker.split, gone), tombstone, used)
+
+    def _entries(self, spans: Mapping[str, Iterable[str]]) -> list[EntryKey]:
+        """Every entry of these tokens, by fingerprint of the model."""
+        keys = [EntryKey(self._settings.namespace, f, "", digest) for f, found in spans.items() for digest in found]
+        return [info.key for key in keys for info in self._store.find(key)]
 
     def _digests(self, documents: Iterable[Document]) -> dict[str, list[str]]:
         return {self._model.fingerprint: [span.digest for document in documents for span in self._spans(document)]}
@@ -157,11 +177,11 @@ class Ingestion:
 
         If the store cannot be read now, the next opening does it.
         """
-        records = self._store.database.records(self._settings.namespace, "thread-span")
+        records = self._store.database.records(self._settings.namespace, THREAD_SPAN)
         try:
             self._tombstones.settle(lambda spans: self.forget_spans(spans, records.keys()))
         except StoreError as error:
-            logger.warning("kvmem: caches of removed text could not be looked for (%s)", error)
+            logger.warning("kvmem: could not check for caches of removed text (%s); the next open tries again", error)
 
     def split(self, text: str) -> tuple[str, ...]:
         """The chunks that a text is cut into."""
@@ -171,21 +191,19 @@ class Ingestion:
         """Raises UnknownDocumentError; nothing is removed then."""
         with self._changing:
             removed = [corpus.get(document_id) for document_id in dict.fromkeys(document_ids)]
-            self.bury(removed)
+            tombstone = self.bury(removed)
             corpus.delete([document.id for document in removed])
-            for document in removed:
-                self._forget(document)
+            self._forget_all(removed, tombstone)
 
     def keep_only(self, corpus: Corpus, document_ids: Container[str]) -> None:
         """Remove all documents but these."""
         with self._changing:
             removed = [document for document in corpus if document.id not in document_ids]
-            self.bury(removed)
+            tombstone = self.bury(removed)
             for document in removed:
                 with suppress(UnknownDocumentError):  # another process was faster
                     corpus.delete([document.id])
-            for document in removed:
-                self._forget(document)
+            self._forget_all(removed, tombstone)
 
     def clear(self) -> None:
         """Remove every document, also those of collections, and every cache of the namespace."""
@@ -259,7 +277,20 @@ class Ingestion:
             run.append(span)
         self._backend.read([*prefix, *run], cancellation)
 
-    def _forget(self, document: Document) -> None:
+    def _forget_all(
+        self, documents: Iterable[Document], tombstone: str | None, used: Collection[str] = frozenset()
+    ) -> None:
+        """Complete a removal. used: digests that are in use as well."""
+        spared = [digest for document in documents for digest in self._forget(document)]
+        self._tombstones.finish(tombstone, {*used, *spared})
+
+    def _forget(self, document: Document) -> list[str]:
+        """Delete the caches of a document. Returns the digests of chunks that other documents have."""
+        used = []
         for chunk in self._chunker.chunks_of(document):
-            if not self._corpora.is_used(standing(chunk.heading + chunk.text)):
-                self._backend.forget(self._chunker.spans([chunk])[0])
+            span = self._chunker.spans([chunk])[0]
+            if self._corpora.is_used(standing(chunk.heading + chunk.text)):
+                used.append(span.digest)
+            else:
+                self._backend.forget(span)
+        return used

@@ -118,15 +118,15 @@ class Memory:
             item = _checked(change(old))
             self._records.put(id, {**vars(item), "metadata": dict(item.metadata)})
             gone = [old] if old is not None and _document(old) != _document(item) else []
-            self.mem.bury_texts(map(_document, gone))
-        self._release(gone)
+            tombstone = self.mem.bury_texts(map(_document, gone))
+        self._release(gone, tombstone)
         return item
 
-    def _release(self, gone: Sequence[MemoryItem]) -> None:
+    def _release(self, gone: Sequence[MemoryItem], tombstone: str | None) -> None:
         """Remove the caches of texts that are no longer in a memory of any space."""
-        for item in gone:
-            if not self._texts.has(item):
-                self.mem.forget_text(_document(item))
+        kept = [item for item in gone if self._texts.has(item)]
+        removed = [item for item in gone if item not in kept]
+        self.mem.forget_texts(map(_document, removed), map(_document, kept), tombstone)
 
     def get(self, id: str) -> MemoryItem:  # noqa: A002
         """Raises UnknownMemoryError."""
@@ -154,16 +154,16 @@ class Memory:
         with self._database.transaction():
             item = self.get(id)
             self._records.delete(id)
-            self.mem.bury_texts([_document(item)])
-        self._release([item])
+            tombstone = self.mem.bury_texts([_document(item)])
+        self._release([item], tombstone)
 
     def clear(self) -> None:
         """Forget everything in this space."""
         with self._database.transaction():
             items = self.list()
             self._records.clear()
-            self.mem.bury_texts(map(_document, items))
-        self._release(items)
+            tombstone = self.mem.bury_texts(map(_document, items))
+        self._release(items, tombstone)
 
     def recall(
         self,

@@ -178,9 +178,16 @@ class OpenedEngine:
         documents = [as_document(item) for item in check_context(context)]
         self._worker.run(lambda: self._ingestion.read(documents, self._worker.closing))
 
-    def bury_texts(self, texts: Iterable[Any]) -> None:
-        """Write down that the caches of texts go; call it in the transaction that removes them, then `forget_text`."""
-        self._ingestion.bury(map(as_document, texts))
+    def bury_texts(self, texts: Iterable[Any]) -> str | None:
+        """Record that the caches of texts have to be deleted, in the transaction that removes the texts.
+
+        Call `forget_texts` afterwards, with the key that this returns.
+        """
+        return self._ingestion.bury(map(as_document, texts))
+
+    def forget_texts(self, gone: Iterable[Document], kept: Iterable[Document], tombstone: str | None) -> None:
+        """Like `forget_text`, for texts given to `bury_texts`. kept: those that are still in use after all."""
+        self._worker.run(lambda: self._ingestion.forget_texts(gone, kept, tombstone))
 
     def forget_text(self, text: Any) -> None:
         """Remove the caches of a text or document that was only read, unless a document has the same text."""
@@ -220,7 +227,14 @@ class OpenedEngine:
 
     def forget_thread(self, thread: str) -> None:
         """Remove a conversation and its caches. Raises UnknownThreadError."""
-        self._worker.run(lambda: self._ingestion.forget_spans(self._threads.remove(thread)))
+
+        def work() -> None:
+            with self.store.database.transaction():
+                spans = self._threads.remove(thread)
+                tombstone = self._ingestion.bury_spans(spans)
+            self._ingestion.forget_spans(spans, tombstone=tombstone)
+
+        self._worker.run(work)
 
     # Lifetime
 

@@ -111,7 +111,7 @@ class LocalBackend:
         spare = sampling.max_tokens
         allowance = None
         if request.lasting and blend.selector != "none" and blend.share > 0:
-            # Costs about what repairing would, and lasts.
+            # This costs about as much as repairing, and its effect lasts.
             allowance = Allowance(int(blend.share * len(prompt.token_ids)), one_span=True)
         stitched = self._stitch(prompt.spans, cancellation, prompt.query, spare, request.in_place, allowance)
         after_stitch = time.perf_counter()

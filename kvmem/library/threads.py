@@ -14,7 +14,7 @@ from uuid import uuid4
 from cachetools import LRUCache
 
 from kvmem.errors import InputError, UnknownThreadError
-from kvmem.library.tombstones import Tombstones
+from kvmem.library.tombstones import THREAD_SPAN
 from kvmem.prompt.layout import Message, Prompt, as_pieces
 from kvmem.prompt.span import Span
 from kvmem.store.records import Database, Record, list_key, list_prefix
@@ -96,8 +96,7 @@ class Threads:
         self._threads = database.records(namespace, "thread")
         self._messages = database.records(namespace, "message")
         self._branches = database.records(namespace, "branch")
-        self._spans = database.records(namespace, "thread-span")
-        self._tombstones = Tombstones(database, namespace)
+        self._spans = database.records(namespace, THREAD_SPAN)
         self._seen: LRUCache[str, Seen] = LRUCache(_SEEN)
         self._lock = threading.Lock()
 
@@ -202,7 +201,6 @@ class Threads:
             for key in self._spans.keys(list_prefix(thread)):
                 _, fingerprint, digest = json.loads(key)
                 found.setdefault(fingerprint, []).append(digest)
-            self._tombstones.put(found)
             for records in (self._messages, self._branches, self._spans):
                 records.clear(list_prefix(thread))
         with self._lock:
@@ -213,11 +211,6 @@ class Threads:
         names = self.names()
         known = ", ".join(map(repr, names[:_NAMED])) + (f" and {len(names) - _NAMED} more" if names[_NAMED:] else "")
         return UnknownThreadError(f"There is no conversation {thread!r}. Known are: {known or 'none'}.")
-
-
-def digest_of(key: str) -> str:
-    """The digest of a span, from the key of its record."""
-    return str(json.loads(key)[2])
 
 
 def check_name(thread: str) -> str:

@@ -90,11 +90,6 @@ class Trimmer:
             self._known.update(known)
         return [known[text] + _MARKUP for text in texts]
 
-    def release(self) -> None:
-        """Clear the in-memory cache."""
-        with self._lock:
-            self._known.clear()
-
 
 def check_size(model: AnyModel, characters: int) -> None:
     """Raise PromptTooLongError if a prompt is obviously too long, without tokenizing it."""

@@ -79,8 +79,8 @@ class CallReader:
     def values(self, *, certain: bool, mark: int | None = None) -> Step:
         """Calls as JSON objects, one or several, or an array of them. Returns whether there is one.
 
-        certain: whether a mark says that they are calls; otherwise what is no call of a known tool is not read.
-        mark: where that begins.
+        certain: whether markup announces the calls. Without it, anything but a call to a known tool is left unread.
+        mark: where that markup begins.
         """
         source, begin, found = self._source, self._source.position, 0
         yield from source.match(marks.SPACE)

@@ -24,7 +24,7 @@ def check_entries(index: EntryIndex, files: EntryFiles, fix: bool) -> tuple[list
     doomed: list[str] = []
     if is_unlisted(index, files):
         # The files are all that is left of what was computed.
-        where = f"{len(found)} files; run `kvmem doctor --rebuild`, or remove the directory to start anew"
+        where = f"{len(found)} files; run `kvmem doctor --rebuild`, or delete the directory to start over"
         return [Problem("not in the index", where, False)], []
     with index.transaction() as connection:
         problems = []

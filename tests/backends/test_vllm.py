@@ -348,7 +348,7 @@ def test_one_answer_that_fails_ends_the_others_of_its_batch(mem: KVMem, server: 
 
 
 def test_a_stream_that_opens_while_its_answer_is_cancelled_is_closed() -> None:
-    """The server would go on generating for nobody."""
+    """Otherwise the server would keep generating an answer that no one reads."""
 
     class Opened:
         closed = False

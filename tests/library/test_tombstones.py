@@ -115,7 +115,7 @@ def test_text_that_is_there_again_keeps_its_caches(model: LanguageModel, tmp_pat
 
 
 def test_tombstones_hold_no_text_and_do_not_pile_up() -> None:
-    """They go when nobody can write such caches any more."""
+    """They are deleted once no process can still write such caches."""
     now = [1000.0]
     database = MemoryDatabase()
     tombstones = Tombstones(database, "ns", lambda: now[0])
@@ -129,3 +129,26 @@ def test_tombstones_hold_no_text_and_do_not_pile_up() -> None:
     tombstones.settle(deleted.append)
     tombstones.settle(deleted.append)
     assert deleted == [record.value["spans"]] * 2
+
+
+def test_the_doctor_does_not_report_text_that_is_in_use(model: LanguageModel, tmp_path: Path) -> None:
+    """Text that was added again, that another memory has, or that an edited document kept."""
+    talk = [{"role": "user", "content": OTHER * 3}]
+    with open_mem(model, tmp_path / "kv") as mem:
+        mem.add(GONE, id="s")
+        mem.remove("s")
+        mem.add(GONE, id="again")
+        mem.add(f"{OTHER * 2}\n\n{GONE * 2}", id="edited")
+        mem.add(f"{OTHER * 2}\n\nShort.", id="edited")
+        memories = [Memory(mem, space) for space in ("one", "two")]
+        for memory in memories:
+            memory.remember("The user has seen a whale at the pier. " * 2, id="m")
+        memories[0].forget("m")
+        mem.chat(talk, thread="t", max_tokens=2)
+        mem.forget_thread("t")
+        mem.chat(talk, thread="t", max_tokens=2)
+        entries = mem.stats().store.entries
+    found = CliRunner().invoke(app, ["doctor", "--fix", "--store", str(tmp_path / "kv")])
+    assert (found.exit_code, "No problems" in found.output) == (0, True), found.output
+    with open_mem(model, tmp_path / "kv") as mem:
+        assert mem.stats().store.entries == entries

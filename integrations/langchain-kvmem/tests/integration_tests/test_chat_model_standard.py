@@ -16,9 +16,18 @@ UsageDetail = Literal["audio_input", "audio_output", "reasoning_output", "cache_
 
 
 class _Suite(ChatModelIntegrationTests):
-    """One engine serves all tests."""
+    """One engine serves all tests. weights: the fixture of its model."""
 
     mem: KVMem
+    weights: str
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def opened(cls, request: pytest.FixtureRequest) -> Any:
+        model: LanguageModel = request.getfixturevalue(cls.weights)
+        with KVMem(model, None) as mem:
+            cls.mem = mem
+            yield
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
@@ -66,12 +75,7 @@ class _Suite(ChatModelIntegrationTests):
 class TestChatKVMemIntegration(_Suite):
     """SmolLM2-135M-Instruct answers."""
 
-    @pytest.fixture(autouse=True, scope="class")
-    @classmethod
-    def opened(cls, smollm2_default: LanguageModel) -> Any:
-        with KVMem(smollm2_default, None) as mem:
-            cls.mem = mem
-            yield
+    weights = "smollm2_default"
 
     @pytest.mark.xfail(reason="SmolLM2-135M does not call a tool unless it has to: it answers in prose.")
     def test_agent_loop(self, model: BaseChatModel) -> None:
@@ -81,9 +85,4 @@ class TestChatKVMemIntegration(_Suite):
 class TestChatKVMemQwenIntegration(_Suite):
     """Qwen2.5-Coder-1.5B-Instruct passes all of it."""
 
-    @pytest.fixture(autouse=True, scope="class")
-    @classmethod
-    def opened(cls, qwen: LanguageModel) -> Any:
-        with KVMem(qwen, None) as mem:
-            cls.mem = mem
-            yield
+    weights = "qwen"
